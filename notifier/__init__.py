@@ -1,0 +1,1 @@
+"""Paging with escalation, and posting of every result to the web UI."""

@@ -1,0 +1,1 @@
+"""Storage SCP and series assembly: from a scanner's association to SeriesReceived."""

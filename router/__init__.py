@@ -1,0 +1,1 @@
+"""Protocol identification, eligibility and detection: from SeriesReceived to SeriesTriaged."""

@@ -1,0 +1,1 @@
+"""Model definitions, simulation, training, export and the embedded model server."""

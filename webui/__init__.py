@@ -1,0 +1,1 @@
+"""Worklist, series page and review in the browser."""
