@@ -4,9 +4,9 @@ Volumes travel as int16 Hounsfield units without identity. Windowing and scaling
 that training and serving cannot drift apart. `None` in a shape is a dimension that the caller chooses.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Mapping
 
 SIGNATURE_NAME = "serving_default"
 

@@ -37,7 +37,8 @@ class Window:
         """Map Hounsfield units linearly to grey levels 0..255, clipped (PS3.3 C.11.2.1.3.2)."""
         low = self.center - self.width / 2
         grey = (hounsfield.astype(np.float32) - low) * (255.0 / self.width)
-        return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+        grey_8bit: NDArray[np.uint8] = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+        return grey_8bit
 
 
 BRAIN = Window(center=40, width=80)
@@ -51,8 +52,8 @@ WINDOWS = {"brain": BRAIN, "subdural": SUBDURAL, "stroke": STROKE, "bone": BONE}
 class Volume:
     """One series as Hounsfield units with its geometry and without identity.
 
-    `hounsfield` (D, H, W) int16; `positions_mm` (D,) along the slice normal, ascending; `pixel_spacing_mm` (row, column);
-    `orientation` axial, coronal, sagittal or oblique; `gantry_tilt_deg` 0 when upright; `sop_instance_uids` and
+    `hounsfield` (D, H, W) int16; `positions_mm` (D,) along the slice normal, ascending; `pixel_spacing_mm` (row,
+    column); `orientation` axial, coronal, sagittal or oblique; `gantry_tilt_deg` 0 when upright; `sop_instance_uids` and
     `instance_numbers` (D,) name the original of each slice; `notes` say in words what was unusual.
     """
 
@@ -85,7 +86,8 @@ class Volume:
             return np.ones(self.slice_count)
         gaps = np.diff(self.positions_mm)
         extents = np.concatenate([gaps[:1], (gaps[:-1] + gaps[1:]) / 2, gaps[-1:]])
-        return np.minimum(extents, 1.5 * np.median(gaps))
+        capped: NDArray[np.float64] = np.minimum(extents, 1.5 * np.median(gaps))
+        return capped
 
 
 # --- from DICOM ------------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class Volume:
 
 def read_datasets(paths: Iterable[Path]) -> list[Dataset]:
     """Read Part 10 files; raises NotDicomError naming the first file that is none."""
-    datasets = []
+    datasets: list[Dataset] = []
     for path in paths:
         try:
             datasets.append(dcmread(path))
@@ -316,8 +318,10 @@ def _note_gaps(positions: NDArray[np.float64], notes: list[str]) -> None:
 def _tilt(slices: list[_Slice], normal: NDArray[np.float64]) -> float:
     """Angle of the slices against the patient's axis: from geometry, else as GantryDetectorTilt claims."""
     if abs(normal[2]) > 0.8 and abs(normal[1]) > 1e-3:
-        return float(np.degrees(np.arctan2(normal[1], normal[2]))) if normal[2] > 0 else float(
-            np.degrees(np.arctan2(-normal[1], -normal[2]))
+        return (
+            float(np.degrees(np.arctan2(normal[1], normal[2])))
+            if normal[2] > 0
+            else float(np.degrees(np.arctan2(-normal[1], -normal[2])))
         )
     points = [s.position for s in slices if s.position is not None]
     if len(points) > 1:
@@ -443,9 +447,7 @@ def head_square(hounsfield: Hounsfield, margin: float = 0.06) -> Placement:
     """
     matrix = (int(hounsfield.shape[1]), int(hounsfield.shape[2]))
     step = max(1, round(min(matrix) / 128))
-    body = ndimage.binary_opening(
-        hounsfield[:, ::step, ::step] > -300, structure=np.ones((1, 5, 5), dtype=bool)
-    )
+    body = ndimage.binary_opening(hounsfield[:, ::step, ::step] > -300, structure=np.ones((1, 5, 5), dtype=bool))
     boxes = []
     for plane in body:
         labels, count = ndimage.label(plane)

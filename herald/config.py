@@ -1,0 +1,322 @@
+"""Configuration: one frozen dataclass per table of herald.toml, defaults stated here and nowhere else.
+
+Precedence: defaults < herald.toml < environment (`HERALD_RECEIVER__AE_TITLE=CT1`). Relative paths are relative to
+`node.data_dir`. Secrets have no default; a value `file:PATH` is read from that file.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+
+from herald.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "HERALD_"
+SECRET_PREFIX = "file:"
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """The node as a whole."""
+
+    data_dir: Path = Path("herald-data")
+    """Folder under which relative paths of the other tables lie."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    stop_timeout_s: float = 15.0
+    """How long a service may take to finish its work after Ctrl-C before it is killed."""
+
+
+@dataclass(frozen=True)
+class ReceiverConfig:
+    """Storage SCP and series assembly."""
+
+    ae_title: str = "HERALD"
+    host: str = "0.0.0.0"
+    port: int = 11112
+    max_pdu_bytes: int = 131072
+    max_associations: int = 50
+    allowed_calling_ae_titles: tuple[str, ...] = ()
+    """Senders that may connect; empty allows all."""
+    require_called_ae_title: bool = False
+    """Refuse associations that call another AE title than ours."""
+    network_timeout_s: float = 60.0
+    """An association silent for so long is aborted; what was stored stays."""
+    settle_s: float = 0.7
+    """How long an even, gap-free, released series rests before it is closed."""
+    quiet_s: float = 15.0
+    """How long any other series must be quiet before it is closed."""
+    min_even_slices: int = 8
+    """Fewest slices with which even spacing counts as complete; fewer wait for the quiet period."""
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """DICOM files on disk."""
+
+    root: Path = Path("store")
+    min_free_gb: float = 2.0
+    """Below so much free disk the receiver answers `out of resources`."""
+
+
+@dataclass(frozen=True)
+class LedgerConfig:
+    """The relational record."""
+
+    url: str = "sqlite:///ledger.sqlite"
+    """SQLAlchemy URL; PostgreSQL is `postgresql+psycopg://user@host/herald`."""
+
+
+@dataclass(frozen=True)
+class BusConfig:
+    """The event bus."""
+
+    url: str = "sqlite:///bus.sqlite"
+    """`sqlite:///FILE` on one host, or `kafka://HOST:PORT[,HOST:PORT]`."""
+    retry_for_s: float = 600.0
+    """How long a retriable error is retried before the event becomes a dead letter."""
+    retry_first_s: float = 0.5
+    """First pause before a retry; it doubles each time up to 30 s."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Protocol identification, eligibility and detection."""
+
+    serving_address: str = "127.0.0.1:8500"
+    """gRPC address of the embedded model server or of a TensorFlow Serving GPU server."""
+    deadline_s: float = 60.0
+    """Longest wait for one answer of the model server."""
+    min_slices: int = 8
+    """Fewer slices than this are not a head scan."""
+    certain_probability: float = 0.75
+    """A protocol answer below this is uncertain: the series is analysed all the same and marked."""
+    analyse_uncertain: bool = True
+    """Analyse a series whose protocol is uncertain; false makes it not eligible."""
+    operating_point: float = 0.5
+    """Study probability of any haemorrhage from which a series is positive."""
+    slab_thickness_mm: float = 5.0
+    """Thinner slices are averaged to slabs of this thickness before detection."""
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """The embedded model server."""
+
+    host: str = "127.0.0.1"
+    port: int = 8500
+    models: Path = Path("models")
+    """Folder of SavedModels: NAME/VERSION/saved_model.pb; relative to the data folder."""
+    executor: Literal["openvino", "tensorflow"] = "openvino"
+    precision: Literal["f32", "bf16"] = "f32"
+    threads: int = 2
+    poll_s: float = 5.0
+    """How often the folder is looked at for new versions."""
+
+
+@dataclass(frozen=True)
+class PagingStep:
+    """One step of the paging policy: whom to page, and how long after the finding."""
+
+    to: str
+    """E-mail address for `smtp`, URL for `apprise`."""
+    channel: Literal["smtp", "apprise"] = "smtp"
+    after_minutes: float = 0.0
+
+
+@dataclass(frozen=True)
+class NotifierConfig:
+    """Paging, and posting of results to the web UI."""
+
+    mode: Literal["shadow", "live"] = "shadow"
+    """`shadow` records what would have been sent; `live` sends."""
+    steps: tuple[PagingStep, ...] = ()
+    """Whom to page, in order; each later step fires only while nobody has acknowledged."""
+    smtp_host: str = "127.0.0.1"
+    smtp_port: int = 25
+    smtp_starttls: bool = False
+    smtp_user: str = ""
+    smtp_password: str = ""
+    """Secret; `file:PATH` reads it from a file."""
+    smtp_timeout_s: float = 10.0
+    sender: str = "herald@localhost"
+    retry_for_s: float = 300.0
+    """How long a channel that cannot be reached is retried before the next step is used at once."""
+    webui_url: str = "http://127.0.0.1:8080"
+    """Where results are posted, and the start of the link in a page unless `webui.public_url` is set."""
+
+
+@dataclass(frozen=True)
+class WebuiConfig:
+    """The web UI."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    public_url: str = ""
+    """How readers reach the web UI; empty means `notifier.webui_url`."""
+    token: str = ""
+    """Secret with which the notifier posts results; `file:PATH` reads it from a file."""
+    secret_key: str = ""
+    """Secret that signs sessions and links; `file:PATH` reads it from a file."""
+    session_hours: float = 12.0
+    link_hours: float = 72.0
+    """How long the link in a page is valid."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of the node."""
+
+    node: NodeConfig = field(default_factory=NodeConfig)
+    receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    bus: BusConfig = field(default_factory=BusConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    notifier: NotifierConfig = field(default_factory=NotifierConfig)
+    webui: WebuiConfig = field(default_factory=WebuiConfig)
+
+
+SECRETS = (("notifier", "smtp_password"), ("webui", "token"), ("webui", "secret_key"))
+
+
+def load_config(path: Path | None = None, environment: Mapping[str, str] | None = None) -> Config:
+    """Read `path` (default: $HERALD_CONFIG, else ./herald.toml when there is one) and the environment.
+
+    Raises ConfigError that names the setting, what is wrong with it and the nearest known name.
+    """
+    environment = os.environ if environment is None else environment
+    tables = _read_file(path, environment)
+    for name, text in sorted(environment.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or "__" not in name:
+            continue
+        table, _, key = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        target = tables.setdefault(table, {})
+        target[key] = _from_text(table, key, text)
+    return _resolved(_convert(tables))
+
+
+def required_secret(value: str, setting: str) -> str:
+    """The secret, or ConfigError that says how to give it."""
+    if value:
+        return value
+    variable = ENVIRONMENT_PREFIX + setting.upper().replace(".", "__")
+    raise ConfigError(
+        f"{setting} has no default: run `herald init` once, or set {variable} (a value file:PATH is read)"
+    )
+
+
+def _read_file(path: Path | None, environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    if path is None and environment.get("HERALD_CONFIG"):
+        path = Path(environment["HERALD_CONFIG"])
+    if path is None:
+        path = Path("herald.toml")
+        if not path.exists():
+            return {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name} stands outside a table; known tables are {', '.join(_names(Config))}")
+    return tables
+
+
+def _names(cls: Any) -> list[str]:
+    return [f.name for f in fields(cls)]
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.0)
+    return ConfigError(f"unknown {kind} {name}; did you mean {near[0]}?")
+
+
+def _table_type(table: str) -> Any:
+    for f in fields(Config):
+        if f.name == table:
+            return f.type
+    raise _unknown("table", table, _names(Config))
+
+
+def _from_text(table: str, key: str, text: str) -> Any:
+    """An environment value as the setting's type: lists are comma-separated, tables of tables are JSON."""
+    for f in fields(_table_type(table)):
+        if f.name == key:
+            if get_origin(f.type) is tuple:
+                if is_dataclass(get_args(f.type)[0]):
+                    try:
+                        return msgspec.json.decode(text)
+                    except msgspec.MsgspecError as error:
+                        raise ConfigError(f"{table}.{key} must be a JSON list in the environment: {error}") from error
+                return [part.strip() for part in text.split(",") if part.strip()]
+            if f.type is bool:
+                return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(
+                    text.lower(), text
+                )
+            return text
+    raise _unknown("setting", f"{table}.{key}", _names(_table_type(table)))
+
+
+def _convert(tables: Mapping[str, dict[str, Any]]) -> Config:
+    built: dict[str, Any] = {}
+    for table, values in tables.items():
+        cls = _table_type(table)
+        for key, value in values.items():
+            if key not in _names(cls):
+                raise _unknown("setting", f"{table}.{key}", _names(cls))
+            if table == "notifier" and key == "steps" and isinstance(value, list):
+                for step in value:
+                    for name in step if isinstance(step, dict) else ():
+                        if name not in _names(PagingStep):
+                            raise _unknown("setting", f"notifier.steps.{name}", _names(PagingStep))
+        try:
+            built[table] = msgspec.convert(values, cls, strict=False, dec_hook=_path)
+        except msgspec.ValidationError as error:
+            text = str(error).replace("$.", f"{table}.")
+            raise ConfigError(f"{text}; see deploy/herald.toml for every setting and its unit") from error
+    return Config(**built)
+
+
+def _path(expected: type, value: object) -> object:
+    if expected is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(expected)
+
+
+def _resolved(config: Config) -> Config:
+    """Make paths absolute and read secrets from their files."""
+    data_dir = config.node.data_dir.expanduser().absolute()
+    config = replace(
+        config,
+        node=replace(config.node, data_dir=data_dir),
+        store=replace(config.store, root=data_dir / config.store.root),
+        serving=replace(config.serving, models=data_dir / config.serving.models),
+        ledger=replace(config.ledger, url=_resolved_url(config.ledger.url, data_dir)),
+        bus=replace(config.bus, url=_resolved_url(config.bus.url, data_dir)),
+        webui=replace(config.webui, public_url=config.webui.public_url or config.notifier.webui_url),
+    )
+    for table, key in SECRETS:
+        value: str = getattr(getattr(config, table), key)
+        if value.startswith(SECRET_PREFIX):
+            path = data_dir / value.removeprefix(SECRET_PREFIX)
+            try:
+                secret = path.read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise ConfigError(f"{table}.{key}: cannot read the secret file {path}: {error.strerror}") from error
+            config = replace(config, **{table: replace(getattr(config, table), **{key: secret})})
+    return config
+
+
+def _resolved_url(url: str, data_dir: Path) -> str:
+    prefix = "sqlite:///"
+    if not url.startswith(prefix):
+        return url
+    return prefix + str(data_dir / url.removeprefix(prefix))

@@ -1,0 +1,299 @@
+"""The ledger: the relational record of everything, on SQLite or PostgreSQL.
+
+Each table has one writer: the receiver owns `instances`, `rejections` and `series`; the notifier owns `pages` and
+`deliveries`; the web UI owns `results`, `reviews`, `labels`, `users` and `audit`. Reading is free. Times are UTC.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Connection,
+    DateTime,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    text,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+from sqlalchemy.types import TypeDecorator
+
+from herald.config import LedgerConfig
+from herald.errors import ConfigError, LedgerError
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time in every database; SQLite would forget the zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse naive times, store UTC."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone cannot go into the ledger")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give back an aware UTC time."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+metadata = MetaData()
+
+_uid = String(64)
+
+# --- receiver --------------------------------------------------------------------------------------------------------
+
+instances = Table(
+    "instances",
+    metadata,
+    Column("path", String(512), primary_key=True, comment="relative to store.root"),
+    Column("sop_instance_uid", _uid, nullable=False, index=True),
+    Column("series_instance_uid", _uid, nullable=False, index=True),
+    Column("study_instance_uid", _uid, nullable=False, index=True),
+    Column("sop_class_uid", _uid, nullable=False),
+    Column("transfer_syntax_uid", _uid, nullable=False),
+    Column("sha256", String(64), nullable=False, comment="of the whole file"),
+    Column("size_bytes", Integer, nullable=False),
+    Column("conflict", Boolean, nullable=False, default=False, comment="same UID came before with other bytes"),
+    Column("copies", Integer, nullable=False, default=1, comment="how often these bytes were sent"),
+    Column("calling_ae_title", String(16), nullable=False),
+    Column("calling_address", String(64), nullable=False),
+    Column("received_at", UtcDateTime, nullable=False),
+)
+
+rejections = Table(
+    "rejections",
+    metadata,
+    Column("rejection_id", Integer, primary_key=True, autoincrement=True),
+    Column("occurred_at", UtcDateTime, nullable=False),
+    Column("calling_ae_title", String(16), nullable=False),
+    Column("calling_address", String(64), nullable=False),
+    Column("sop_instance_uid", _uid, nullable=False, index=True),
+    Column("status", Integer, nullable=False, comment="C-STORE status that was returned (PS3.4 B.2.3)"),
+    Column("error", Text, nullable=False),
+)
+
+series = Table(
+    "series",
+    metadata,
+    Column("series_instance_uid", _uid, primary_key=True),
+    Column("revision", Integer, primary_key=True, comment="1, and one more whenever late images reopened it"),
+    Column("study_instance_uid", _uid, nullable=False, index=True),
+    Column("accession_number", String(16), nullable=False, default="", index=True),
+    Column("modality", String(16), nullable=False, default=""),
+    Column("scanner", String(64), nullable=False, default=""),
+    Column("calling_ae_title", String(16), nullable=False, default=""),
+    Column("instance_count", Integer, nullable=False, default=0),
+    Column("first_image_at", UtcDateTime, nullable=False),
+    Column("last_image_at", UtcDateTime, nullable=False),
+    Column("closed_at", UtcDateTime, comment="null while open"),
+    Column("close_reason", String(64)),
+    Column("published_at", UtcDateTime, comment="when SeriesReceived was on the bus"),
+)
+
+# --- notifier --------------------------------------------------------------------------------------------------------
+
+pages = Table(
+    "pages",
+    metadata,
+    Column("page_id", String(36), primary_key=True, comment="uuid5 of study and step: one page per study and step"),
+    Column("study_instance_uid", _uid, nullable=False, index=True),
+    Column("series_instance_uid", _uid, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("step", Integer, nullable=False, comment="0-based step of the paging policy"),
+    Column(
+        "state", String(16), nullable=False, comment="due, sent, acknowledged, escalated, exhausted, withdrawn, failed"
+    ),
+    Column("mode", String(8), nullable=False, comment="shadow or live when the page was made"),
+    Column("channel", String(16), nullable=False),
+    Column("recipient", String(256), nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("finding_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime, nullable=False, index=True),
+    Column("sent_at", UtcDateTime),
+    Column("acknowledged_at", UtcDateTime),
+    Column("acknowledged_by", String(64)),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_attempt_at", UtcDateTime),
+    Column("error", Text),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("delivery_id", Integer, primary_key=True, autoincrement=True),
+    Column("occurred_at", UtcDateTime, nullable=False),
+    Column("series_instance_uid", _uid, nullable=False, index=True),
+    Column("revision", Integer, nullable=False),
+    Column("page_id", String(36), comment="null for a result posted to the web UI"),
+    Column("channel", String(16), nullable=False),
+    Column("recipient", String(256), nullable=False),
+    Column("outcome", String(16), nullable=False, comment="sent, shadow, unavailable or refused"),
+    Column("error", Text),
+    Column("duration_s", Float),
+)
+
+# --- web UI ----------------------------------------------------------------------------------------------------------
+
+results = Table(
+    "results",
+    metadata,
+    Column("series_instance_uid", _uid, primary_key=True),
+    Column("revision", Integer, primary_key=True),
+    Column("study_instance_uid", _uid, nullable=False, index=True),
+    Column("accession_number", String(16), nullable=False, default="", index=True),
+    Column("scanner", String(64), nullable=False, default=""),
+    Column("disposition", String(16), nullable=False, index=True),
+    Column("probability", Float, comment="of any haemorrhage; null when detection did not run"),
+    Column("uncertain", Boolean, nullable=False, default=False),
+    Column("event", JSON, nullable=False, comment="SeriesTriaged as it was posted"),
+    Column("triaged_at", UtcDateTime, nullable=False, index=True),
+    Column("posted_at", UtcDateTime, nullable=False),
+    Column("acknowledged_at", UtcDateTime, comment="first acknowledgement or verdict of a reader"),
+    Column("acknowledged_by", String(64)),
+)
+
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("review_id", String(36), primary_key=True),
+    Column("study_instance_uid", _uid, nullable=False, index=True),
+    Column("series_instance_uid", _uid, nullable=False, index=True),
+    Column("revision", Integer, nullable=False),
+    Column("action", String(16), nullable=False, comment="acknowledge, agree, disagree or unsure"),
+    Column("finding_kind", String(16), comment="what the reader saw, by herald.signatures.FINDINGS"),
+    Column("note", Text),
+    Column("reader", String(64), nullable=False),
+    Column("prediction_shown", Boolean, nullable=False, comment="whether the reader saw the prediction first"),
+    Column("occurred_at", UtcDateTime, nullable=False),
+    Column("published_at", UtcDateTime, comment="when SeriesReviewed was on the bus"),
+)
+
+labels = Table(
+    "labels",
+    metadata,
+    Column("label_id", Integer, primary_key=True, autoincrement=True),
+    Column("accession_number", String(16), nullable=False, index=True),
+    Column("haemorrhage", Boolean, nullable=False),
+    Column("source", String(64), nullable=False),
+    Column("imported_at", UtcDateTime, nullable=False),
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("password_hash", String(256), nullable=False),
+    Column("role", String(16), nullable=False, comment="reader, researcher or admin"),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("audit_id", Integer, primary_key=True, autoincrement=True),
+    Column("occurred_at", UtcDateTime, nullable=False),
+    Column("user", String(64), nullable=False),
+    Column("address", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("study_instance_uid", _uid),
+    Column("series_instance_uid", _uid),
+)
+
+Index("ix_pages_open", pages.c.state, pages.c.due_at)
+
+
+class Ledger:
+    """One database; `begin` is a transaction, `read` a connection for reading. Both raise LedgerError."""
+
+    def __init__(self, config: LedgerConfig) -> None:
+        self.engine: Engine = _engine(config.url)
+        self.url = self.engine.url.render_as_string(hide_password=True)
+
+    def create_tables(self) -> None:
+        """Create the tables that are missing; several services may do so at once."""
+        with self._translated():
+            try:
+                metadata.create_all(self.engine)
+            except IntegrityError:  # PostgreSQL: another service created a table between our look and our create
+                metadata.create_all(self.engine)
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A transaction: committed at the end, rolled back on any error."""
+        with self._translated(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading."""
+        with self._translated(), self.engine.connect() as connection:
+            yield connection
+
+    def check(self) -> None:
+        """Raise LedgerError when the database does not answer."""
+        with self.read() as connection:
+            connection.execute(text("select 1"))
+
+    def close(self) -> None:
+        """Close every pooled connection."""
+        self.engine.dispose()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            cause = getattr(error, "orig", None) or error
+            raise LedgerError(
+                f"the ledger {self.url} refuses: {type(cause).__name__}: {cause}; "
+                "check ledger.url and that the database runs"
+            ) from error
+
+
+def open_ledger(config: LedgerConfig) -> Ledger:
+    """Open the ledger and create missing tables; raises LedgerError when it cannot be reached."""
+    ledger = Ledger(config)
+    ledger.create_tables()
+    return ledger
+
+
+def _engine(url: str) -> Engine:
+    try:
+        if not url.startswith("sqlite"):
+            return create_engine(url, pool_pre_ping=True)
+        # one connection per use: SQLite connections are cheap, and a pool would keep files of a removed ledger open
+        engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": 30})
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise ConfigError(
+            f"ledger.url cannot be used: {error}; use sqlite:///FILE or postgresql+psycopg://…"
+        ) from error
+
+    @event.listens_for(engine, "connect")
+    def _durable(connection: Any, _record: object) -> None:
+        connection.execute("pragma journal_mode = wal")
+        connection.execute("pragma synchronous = full")
+        connection.execute("pragma busy_timeout = 30000")
+
+    return engine
