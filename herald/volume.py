@@ -53,8 +53,9 @@ class Volume:
     """One series as Hounsfield units with its geometry and without identity.
 
     `hounsfield` (D, H, W) int16; `positions_mm` (D,) along the slice normal, ascending; `pixel_spacing_mm` (row,
-    column); `orientation` axial, coronal, sagittal or oblique; `gantry_tilt_deg` 0 when upright; `sop_instance_uids` and
-    `instance_numbers` (D,) name the original of each slice; `notes` say in words what was unusual.
+    column); `orientation` axial, coronal, sagittal or oblique; `gantry_tilt_deg` 0 when upright; `sop_instance_uids`
+    and `instance_numbers` (D,) name the original of each slice; `notes` say in words what was unusual; `unreadable`
+    says of each image that is missing here why its pixels could not be read.
     """
 
     hounsfield: Hounsfield
@@ -65,6 +66,7 @@ class Volume:
     sop_instance_uids: tuple[str, ...] = ()
     instance_numbers: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     @property
     def slice_count(self) -> int:
@@ -121,10 +123,18 @@ def volume_from_datasets(datasets: Sequence[Dataset]) -> Volume:
     """Put the instances of one CT series together.
 
     Handles gantry tilt, reversed and duplicate positions, gaps, missing ImagePositionPatient and enhanced multi-frame
-    CT, and says so in `notes`. Raises PixelDataError for missing or undecodable pixels, VolumeError when there is
-    nothing to stack.
+    CT, and says so in `notes`. Images whose pixels cannot be read are left out and listed in `unreadable`; raises
+    PixelDataError when there is no other, VolumeError when there is nothing to stack.
     """
-    slices = [s for ds in datasets for s in _planes(ds)]
+    slices: list[_Slice] = []
+    unreadable: list[PixelDataError] = []
+    for ds in datasets:
+        try:
+            slices += _planes(ds)
+        except PixelDataError as error:
+            unreadable.append(error)
+    if not slices and unreadable:
+        raise unreadable[0]
     if not slices:
         raise VolumeError("the series has no image; nothing can be analysed")
     notes: list[str] = []
@@ -176,6 +186,7 @@ def volume_from_datasets(datasets: Sequence[Dataset]) -> Volume:
         sop_instance_uids=tuple(uids),
         instance_numbers=tuple(numbers),
         notes=tuple(notes),
+        unreadable=tuple(str(error) for error in unreadable),
     )
 
 

@@ -1,0 +1,43 @@
+# Herald. `make` prints this help.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup tools demo test lint kafka models train clean
+
+help:  ## Print this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/installed  ## Create .venv and install Herald into it
+
+$(VENV)/installed: pyproject.toml deploy/setup-venv.sh
+	bash deploy/setup-venv.sh $(VENV) $(PYTHON)
+	touch $@
+
+models: setup  ## Export the trained models as SavedModels into models/
+	$(BIN)/python -m serving.export --out models
+
+demo: models  ## Run the whole node, send it two simulated head CT studies, show triage, page and review URL
+	$(BIN)/herald demo
+
+tools:  ## Install what the tests need beside Python: Kafka's Java, PostgreSQL, Chromium, dcmtk
+	bash deploy/setup-tools.sh
+
+test: models tools  ## Set everything up and pass the whole test suite
+	$(BIN)/pytest
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+kafka: setup tools  ## Run a real Kafka broker on 127.0.0.1:9092 (Ctrl-C stops it)
+	$(BIN)/python deploy/kafka/broker.py run
+
+train: setup  ## Train both models from their seeds (reads ../shared/data)
+	$(BIN)/python -m serving.train protocol
+	$(BIN)/python -m serving.train hemorrhage --all
+
+clean:  ## Remove what make made, but not data
+	rm -rf $(VENV) models .kafka build *.egg-info

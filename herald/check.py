@@ -1,0 +1,147 @@
+"""`herald check`: does every part of the node answer?"""
+
+import shutil
+import smtplib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import requests
+from pynetdicom import AE
+from pynetdicom.sop_class import Verification
+
+from herald.bus import open_bus
+from herald.config import Config
+from herald.errors import BusError, ChannelUnavailable, HeraldError, StoreFullError
+from herald.ledger import open_ledger
+
+TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One thing that was checked: what, whether it is well, and what was seen or what to do."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def check(config: Config, quick: bool = False) -> list[Outcome]:
+    """Ask every part; `quick` leaves out what matters to an operator only, such as the pager and dead letters."""
+    parts: dict[str, Callable[[Config], str]] = {
+        "ledger": _ledger,
+        "bus": _bus,
+        "models": _models,
+        "web UI": _webui,
+        "receiver": _receiver,
+    }
+    if not quick:
+        parts |= {"disk": _disk, "pager": _pager, "dead letters": _dead_letters}
+    return [_outcome(what, ask, config) for what, ask in parts.items()]
+
+
+def _outcome(what: str, ask: Callable[[Config], str], config: Config) -> Outcome:
+    try:
+        return Outcome(what, True, ask(config))
+    except HeraldError as error:
+        return Outcome(what, False, str(error))
+
+
+def _receiver(config: Config) -> str:
+    host = "127.0.0.1" if config.receiver.host == "0.0.0.0" else config.receiver.host
+    ae = AE(ae_title="HERALD-CHECK")
+    ae.add_requested_context(Verification)
+    ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = TIMEOUT_S
+    assoc = ae.associate(host, config.receiver.port, ae_title=config.receiver.ae_title)
+    where = f"{config.receiver.ae_title}@{host}:{config.receiver.port}"
+    if not assoc.is_established:
+        raise ChannelUnavailable(
+            f"{where} does not accept an association; start it with `herald run receiver`, and if "
+            "receiver.allowed_calling_ae_titles is set, add HERALD-CHECK to it"
+        )
+    status = assoc.send_c_echo()
+    assoc.release()
+    if getattr(status, "Status", None) != 0:
+        raise ChannelUnavailable(f"{where} did not answer C-ECHO; look into the receiver's log")
+    return f"{where} answers C-ECHO"
+
+
+def _bus(config: Config) -> str:
+    bus = open_bus(config.bus)
+    try:
+        bus.check()
+        waiting = {
+            f"{group}/{topic}": bus.backlog(group, topic)
+            for group, topic in (("router", "series"), ("notifier", "results"), ("notifier", "reviews"))
+        }
+    finally:
+        bus.close()
+    return f"{config.bus.url.partition('://')[0]}; waiting: " + ", ".join(f"{k} {n}" for k, n in waiting.items())
+
+
+def _dead_letters(config: Config) -> str:
+    bus = open_bus(config.bus)
+    try:
+        letters = [letter for topic in ("series", "results", "reviews") for letter in bus.dead_letters(topic)]
+    finally:
+        bus.close()
+    if letters:
+        raise BusError(f"{len(letters)} dead letters; see `herald dead-letters`, mend the cause, then add --replay")
+    return "none"
+
+
+def _ledger(config: Config) -> str:
+    ledger = open_ledger(config.ledger)
+    try:
+        ledger.check()
+    finally:
+        ledger.close()
+    return ledger.url
+
+
+def _models(config: Config) -> str:
+    from router.inference import InferenceClient
+
+    client = InferenceClient(config.router.serving_address, TIMEOUT_S)
+    try:
+        client.check()
+    finally:
+        client.close()
+    return f"{config.router.serving_address} serves protocol and hemorrhage with the expected signatures"
+
+
+def _webui(config: Config) -> str:
+    url = f"{config.notifier.webui_url}/health"
+    try:
+        answer = requests.get(url, timeout=TIMEOUT_S)
+    except requests.RequestException as error:
+        raise ChannelUnavailable(f"{url} does not answer ({type(error).__name__}); start `herald run webui`") from error
+    if answer.status_code != 200:
+        raise ChannelUnavailable(f"{url} answers {answer.status_code}; look into the web UI's log")
+    return config.notifier.webui_url
+
+
+def _disk(config: Config) -> str:
+    usage = shutil.disk_usage(config.node.data_dir)
+    if usage.free < config.store.min_free_gb * 1e9:
+        raise StoreFullError(
+            f"{usage.free / 1e9:.1f} GB free at {config.store.root}, below store.min_free_gb; "
+            "the receiver answers `out of resources` until some is freed"
+        )
+    return f"{usage.free / 1e9:.0f} GB free at {config.store.root}"
+
+
+def _pager(config: Config) -> str:
+    if config.notifier.mode == "shadow":
+        return "shadow mode: pages are recorded, none is sent"
+    if any(step.channel == "smtp" for step in config.notifier.steps):
+        where = f"{config.notifier.smtp_host}:{config.notifier.smtp_port}"
+        try:
+            with smtplib.SMTP(config.notifier.smtp_host, config.notifier.smtp_port, timeout=TIMEOUT_S) as smtp:
+                smtp.noop()
+        except (OSError, smtplib.SMTPException) as error:
+            raise ChannelUnavailable(
+                f"SMTP server {where} does not answer: {error}; check notifier.smtp_host"
+            ) from error
+        return f"live mode; SMTP server {where} answers"
+    return f"live mode; {len(config.notifier.steps)} steps"

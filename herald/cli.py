@@ -1,0 +1,295 @@
+"""The command `herald`: the only place, beside `herald.node` and `herald.demo`, that knows every service."""
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from secrets import token_urlsafe
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from herald import __version__
+from herald.config import Config, load_config
+from herald.errors import ConfigError, HeraldError
+from herald.node import EXIT_CONFIG, SERVICES, Supervisor, run_service
+
+app = typer.Typer(
+    help="Herald: a real-time head-CT triage node. Not a medical device.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+user_app = typer.Typer(help="Readers of the web UI.", no_args_is_help=True)
+app.add_typer(user_app, name="user")
+
+err = Console(stderr=True)
+out = Console()
+
+_config_path: Path | None = None
+
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def settings(
+    config: Annotated[
+        Path | None, typer.Option(help="herald.toml; default $HERALD_CONFIG, else ./herald.toml.")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Options of every command."""
+    global _config_path
+    _config_path = config
+    if version:
+        print(f"herald {__version__}")
+        raise typer.Exit()
+
+
+def _config() -> Config:
+    return load_config(_config_path)
+
+
+@app.command()
+def run(
+    services: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"Which of: {', '.join(SERVICES)}. None: all of them.", metavar="[SERVICE]..."),
+    ] = None,
+) -> None:
+    """Run the node: all services, each a supervised process; or a single one in this process."""
+    config = _config()
+    names = tuple(services or SERVICES)
+    for name in names:
+        if name not in SERVICES:
+            raise ConfigError(f"unknown service {name}; known are {', '.join(SERVICES)}")
+    if len(names) == 1:
+        raise typer.Exit(run_service(names[0], config))
+    from herald.logs import configure_logging
+
+    configure_logging("node", config.node.log_level)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    Supervisor(config, names).run(stop)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to put herald.toml, the secrets and the models.")] = Path(),
+) -> None:
+    """Write herald.toml and secrets for a new node, and export the models; changes nothing that is already there."""
+    from herald.setup import initialise
+
+    for path, what in initialise(folder, token_urlsafe):
+        err.print(f"{what}: {path}")
+    err.print("Next: `herald user add NAME`, edit herald.toml, `herald run`, and in another terminal `herald check`.")
+
+
+@app.command()
+def demo(
+    dicom: Annotated[Path | None, typer.Option(help="Send these DICOM files instead of simulated ones.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Stop when every series has its disposition.")] = False,
+    as_json: Json = False,
+    data: Annotated[Path | None, typer.Option(help="Keep the node's data here; default a temporary folder.")] = None,
+    timeout_s: Annotated[float, typer.Option(help="Longest wait for the dispositions.")] = 600.0,
+) -> None:
+    """Run the whole node on embedded defaults and send it head CT through a real DICOM association."""
+    from herald.demo import run_demo
+    from herald.logs import configure_logging
+
+    configure_logging("demo", "info")
+    raise typer.Exit(run_demo(dicom, once, as_json, data, timeout_s))
+
+
+@app.command()
+def send(
+    folder: Annotated[Path, typer.Argument(help="A DICOM file, or a folder of them.", exists=True)],
+    to: Annotated[str, typer.Option(help="AE_TITLE@HOST:PORT of the receiver.")],
+    calling: Annotated[str, typer.Option(help="Our AE title.")] = "HERALD-SCU",
+    as_json: Json = False,
+) -> None:
+    """Send DICOM files to a storage SCP, with a progress bar."""
+    from herald.send import send as send_files
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    with Progress(
+        TextColumn(f"C-STORE to {to}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
+    ) as bar:
+        task = bar.add_task("send", total=len(files))
+        report = send_files(
+            files, to, calling, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if as_json:
+        _print_json(
+            {
+                "stored": [str(outcome.path) for outcome in report.stored],
+                "failed": {str(outcome.path): outcome.error for outcome in report.failed},
+            }
+        )
+    else:
+        out.print(f"{len(report.stored)} stored, {len(report.failed)} not")
+    for outcome in report.failed:
+        err.print(f"[yellow]{outcome.path}: {outcome.error}")
+    raise typer.Exit(1 if report.failed else 0)
+
+
+@app.command()
+def trace(
+    what: Annotated[
+        str, typer.Argument(help="A SeriesInstanceUID, StudyInstanceUID, SOPInstanceUID or accession number.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Everything that happened to a series, step by step, with the latency of each."""
+    from herald.trace import trace as trace_steps
+
+    steps = trace_steps(_config(), what)
+    if as_json:
+        _print_json([asdict(step) for step in steps])
+    else:
+        _print_table(("at (UTC)", "after s", "step", "what"), (_step_row(step) for step in steps))
+    if not steps:
+        err.print(f"nothing is known of {what}; `herald reconcile` tells whether files are missing from the ledger")
+        raise typer.Exit(1)
+
+
+def _step_row(step: Any) -> tuple[str, str, str, str]:
+    after = "" if step.after_s is None else f"{step.after_s:.3f}"
+    return f"{step.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], after, step.step, step.detail
+
+
+@app.command()
+def reconcile(
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Restore the ledger's index from the files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Account for every instance: file, ledger, series revision, disposition. Exit status 1 when one is unaccounted."""
+    from herald.reconcile import reconcile as account
+
+    found = account(_config(), rebuild=rebuild)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        for name, value in asdict(found).items():
+            out.print(f"{name.replace('_', ' '):<24}{len(value) if isinstance(value, list | tuple) else value}")
+        for line in found.problems:
+            err.print(f"[yellow]{line}")
+    raise typer.Exit(1 if found.unaccounted else 0)
+
+
+@app.command()
+def check(as_json: Json = False) -> None:
+    """Ask every part of the node whether it is well. Exit status 1 when one is not."""
+    from herald.check import check as ask
+
+    outcomes = ask(_config())
+    if as_json:
+        _print_json([asdict(outcome) for outcome in outcomes])
+    else:
+        for outcome in outcomes:
+            out.print(f"{'[green]ok   [/]' if outcome.ok else '[red]FAULT[/]'} {outcome.what:<14}{outcome.detail}")
+    raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
+
+
+@app.command(name="dead-letters")
+def dead_letters(
+    replay: Annotated[bool, typer.Option("--replay", help="Hand each to its service again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Events that a service could not handle, with their error; replay them when the cause is mended."""
+    from herald.bus import open_bus
+    from herald.events import EVENT_TYPES
+
+    bus = open_bus(_config().bus)
+    try:
+        letters = [letter for event_type in EVENT_TYPES.values() for letter in bus.dead_letters(event_type.topic)]
+        if replay:
+            for letter in letters:
+                bus.replay(letter)
+    finally:
+        bus.close()
+    if as_json:
+        _print_json([{**asdict(letter), "message": letter.message.decode(errors="replace")} for letter in letters])
+    else:
+        _print_table(
+            ("died at (UTC)", "topic", "group", "error"),
+            ((f"{letter.died_at:%Y-%m-%d %H:%M:%S}", letter.topic, letter.group, letter.error) for letter in letters),
+        )
+    err.print(f"{len(letters)} dead letters" + (", all replayed" if replay and letters else ""))
+
+
+@app.command()
+def phantom(
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the series and truth.json.")],
+    n: Annotated[int, typer.Option("--n", help="How many series.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write simulated CT series as DICOM, with their truth."""
+    from serving.phantom import write_phantoms
+
+    with Progress(console=err) as bar:
+        task = bar.add_task("simulating", total=n)
+        truth = write_phantoms(target, n, seed, lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        _print_json(truth)
+    else:
+        out.print(f"{len(truth)} series under {target}; truth in {target / 'truth.json'}")
+
+
+@user_app.command("add")
+def user_add(
+    name: Annotated[str, typer.Argument(help="Log-in name.")],
+    role: Annotated[str, typer.Option(help="reader, researcher or admin.")] = "reader",
+    password: Annotated[
+        str, typer.Option(prompt=True, confirmation_prompt=True, hide_input=True, help="Asked for when not given.")
+    ] = "",
+) -> None:
+    """Add a reader, or change the password and role of one."""
+    from herald.ledger import open_ledger
+    from webui.users import add_user
+
+    ledger = open_ledger(_config().ledger)
+    try:
+        add_user(ledger, name, password, role)
+    finally:
+        ledger.close()
+    out.print(f"{name} may log in as {role}")
+
+
+def _print_json(facts: object) -> None:
+    print(json.dumps(facts, indent=2, default=_plain))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return str(value)
+
+
+def _print_table(titles: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(*titles)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def main() -> None:
+    """Run the command; an error that Herald raised on purpose is one line and an exit status, not a traceback."""
+    try:
+        app()
+    except ConfigError as error:
+        err.print(f"[red]configuration:[/] {error}", highlight=False)
+        sys.exit(EXIT_CONFIG)
+    except HeraldError as error:
+        err.print(f"[red]{type(error).__name__}:[/] {error}", highlight=False)
+        sys.exit(1)

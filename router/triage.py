@@ -1,0 +1,100 @@
+"""The main line of Herald: one series in, one disposition out."""
+
+from functools import partial
+
+from herald import __version__
+from herald.config import RouterConfig
+from herald.events import SeriesReceived, SeriesTriaged, utc_now
+from herald.signatures import FINDINGS
+from herald.store import StudyStore
+from herald.volume import detection_input, protocol_batch, read_datasets, slabs, volume_from_datasets
+from router.decision import decide
+from router.eligibility import axial_candidates, too_few
+from router.findings import findings, prediction
+from router.header import header_claim
+from router.inference import InferenceClient
+
+
+def triage_series(
+    received: SeriesReceived, store: StudyStore, client: InferenceClient, config: RouterConfig
+) -> SeriesTriaged:
+    """Load, judge eligibility, classify the protocol, detect haemorrhage.
+
+    Raises DicomError when the series cannot be read, StoreError and ServingError as they come; the caller retries or
+    makes it `failed`.
+    """
+    triaged = partial(_about(received), started_at=utc_now())
+    datasets = read_datasets(store.series_paths(received.study_instance_uid, received.series_instance_uid))
+    slices, obstacles = axial_candidates(datasets, config.min_slices)
+    if obstacles:
+        claim = header_claim(datasets[0], "") if datasets else {}
+        return triaged(disposition="not_eligible", reasons=obstacles, header=claim)
+
+    volume = volume_from_datasets(slices)
+    claim = header_claim(slices[0], volume.orientation)
+    if obstacles := too_few(volume.slice_count, config.min_slices):  # several images of each position: perfusion, 4D
+        return triaged(disposition="not_eligible", reasons=obstacles, header=claim, notes=volume.notes)
+    classified = client.classify_protocol(protocol_batch(volume))
+    decision = decide(classified.heads, claim, config)
+    triaged = partial(
+        triaged,
+        protocol=decision.protocol,
+        header=claim,
+        disagreements=decision.disagreements,
+        notes=volume.notes,
+        slice_count=volume.slice_count,
+        classified_at=utc_now(),
+        model_versions={"protocol": classified.version},
+    )
+    if not decision.eligible:
+        return triaged(disposition="not_eligible", reasons=decision.reasons)
+
+    thick = slabs(volume, config.slab_thickness_mm)
+    seen, placement = detection_input(thick.volume)
+    detected = client.detect_hemorrhage(seen)
+    answer = (detected.mask, detected.slice_probability, detected.probability)
+    store.write_prediction(
+        received.study_instance_uid,
+        received.series_instance_uid,
+        received.revision,
+        prediction(thick, seen, placement, *answer),
+    )
+    triaged = partial(
+        triaged,
+        findings=findings(thick, placement, *answer),
+        notes=thick.volume.notes,
+        detected_at=utc_now(),
+        model_versions={"protocol": classified.version, "hemorrhage": detected.version},
+    )
+    positive = float(detected.probability[FINDINGS.index("any")]) >= config.operating_point
+    incomplete = tuple(f"incomplete: {len(volume.unreadable)} images left out, {why}" for why in volume.unreadable[:1])
+    return triaged(
+        disposition="positive" if positive else "negative",
+        reasons=decision.reasons + incomplete,
+        uncertain=decision.uncertain or bool(incomplete),
+    )
+
+
+def failed(received: SeriesReceived, error: BaseException) -> SeriesTriaged:
+    """The disposition of a series that could not be triaged, with the error in words."""
+    return _about(received)(disposition="failed", reasons=(f"{type(error).__name__}: {error}",))
+
+
+def _about(received: SeriesReceived) -> partial[SeriesTriaged]:
+    """What every disposition repeats of the series it is about."""
+    return partial(
+        SeriesTriaged,
+        study_instance_uid=received.study_instance_uid,
+        series_instance_uid=received.series_instance_uid,
+        revision=received.revision,
+        accession_number=received.accession_number,
+        modality=received.modality,
+        scanner=received.scanner,
+        calling_ae_title=received.calling_ae_title,
+        instance_count=received.instance_count,
+        close_reason=received.close_reason,
+        first_image_at=received.first_image_at,
+        last_image_at=received.last_image_at,
+        received_at=received.occurred_at,
+        software_version=__version__,
+    )
