@@ -62,8 +62,8 @@ def simulate(
 ) -> SimulatedSeries:
     """Simulate one series, the same for the same arguments; what is not asked for is drawn at random from `seed`.
 
-    `region` head or one of OTHER_REGIONS; `contrast` non_contrast, arterial, venous or delayed; `findings` maps kinds of
-    bleed (iph, ivh, sah, sdh, edh) to target volumes in ml; further keywords are fields of `Acquisition`.
+    `region` head or one of OTHER_REGIONS; `contrast` non_contrast, arterial, venous or delayed; `findings` maps
+    kinds of bleed (iph, ivh, sah, sdh, edh) to target volumes in ml; further keywords are fields of `Acquisition`.
     """
     rng = np.random.default_rng(seed)
     subject = make_subject(rng, region=region, contrast=contrast, findings=findings)

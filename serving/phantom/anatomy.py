@@ -42,7 +42,10 @@ class Atlas:
 
     grey: Float
     white: Float
+    whiteness: Float  # white / (white + grey)
+    csf: Float  # fraction of cerebrospinal fluid inside the cranial cavity
     depth: Float  # mm outside (+) or inside (-) the cranial cavity
+    outer: Float  # the same of its convex outline, which the outer table of the skull follows
     ventricle: Bool
     falx: Bool
     arteries: Float  # 0..1 filling
@@ -50,12 +53,8 @@ class Atlas:
     choroid: Float
     coarse: Float  # smooth noise of unit variance, for tissue texture
     fine: Float
-
-    @property
-    def csf(self) -> Float:
-        """Fraction of cerebrospinal fluid inside the cranial cavity."""
-        fraction: Float = np.clip(1 - self.grey - self.white, 0, 1)
-        return fraction
+    petrous: Bool
+    eye_muscles: Bool
 
 
 def axes(
@@ -75,19 +74,36 @@ def atlas() -> Atlas:
         _to_head_grid(load(resolution=1).get_fdata(dtype=np.float32))
         for load in (load_mni152_gm_template, load_mni152_wm_template, load_mni152_brain_mask)
     )
-    depth = _depth(mask > 0.5)
+    depth, outer = _depths(mask > 0.5)
     z, y, x = axes()
+    csf = np.clip(1 - grey - white, 0, 1)
     deep = (depth < -14) & (np.abs(x) < 42) & (y > -50) & (y < 75) & (z > -42) & (z < 38)
-    ventricle = ndimage.binary_opening((1 - grey - white > 0.5) & deep & (mask > 0.5))
+    ventricle = ndimage.binary_opening((csf > 0.5) & deep & (mask > 0.5))
     arch = ((y - 5) / 55) ** 2 + ((z - 2) / 36) ** 2 > 1
     falx = (np.abs(x) < 1.2) & arch & (depth < 1) & (z > np.where(y > 30, -2, -10))
-    coarse = smooth_noise(np.random.default_rng(1), HEAD_SHAPE, 6.0)
-    fine = smooth_noise(np.random.default_rng(2), HEAD_SHAPE, 2.5)
     arteries, veins = _vessels(depth)
-    choroid = np.zeros(HEAD_SHAPE, np.float32)
+    choroid, muscles = np.zeros(HEAD_SHAPE, np.float32), np.zeros(HEAD_SHAPE, np.float32)
     for side in (-1, 1):
-        choroid = np.maximum(choroid, tube([(14, 0, side * 18), (12, 22, side * 24), (0, 34, side * 28)], 2.4))
-    return Atlas(grey, white, depth, ventricle, falx, arteries, veins, choroid, coarse, fine)
+        tube([(14, 0, side * 18), (12, 22, side * 24), (0, 34, side * 28)], 2.4, choroid)
+        for dz, dx in ((0, 0), (9, 0), (-9, 0), (0, 10), (0, -10)):  # optic nerve and four muscles
+            tube([(-30 + dz, -60, side * (30.0 + dx)), (-30, -26, side * 18.0)], 1.8, muscles)
+    return Atlas(
+        grey=grey,
+        white=white,
+        whiteness=white / np.maximum(grey + white, np.float32(1e-3)),
+        csf=csf,
+        depth=depth,
+        outer=outer,
+        ventricle=ventricle,
+        falx=falx,
+        arteries=arteries,
+        veins=veins,
+        choroid=choroid,
+        coarse=smooth_noise(np.random.default_rng(1), HEAD_SHAPE, 6.0),
+        fine=smooth_noise(np.random.default_rng(2), HEAD_SHAPE, 2.5),
+        petrous=_petrous(depth, grey + white),
+        eye_muscles=muscles > 0.5,
+    )
 
 
 def _to_head_grid(ras: Float) -> Float:
@@ -100,18 +116,28 @@ def _to_head_grid(ras: Float) -> Float:
     return out
 
 
-def _depth(brain: Bool) -> Float:
-    """Signed distance to the cranial cavity: the brain closed over its sulci and fissures, and 2 mm around it."""
-    half = brain[::2, ::2, ::2]
+def _depths(brain: Bool) -> tuple[Float, Float]:
+    """Signed distances to the cranial cavity and to its rounder outline, in mm.
+
+    The cavity is the brain closed over its sulci, fissures and the suprasellar cistern, with 2 mm around it.
+    """
+    brain = brain.copy()
+    box, cistern = ellipsoid((-22, -2, 0), (13, 15, 17))
+    brain[box] |= cistern
+    room = 26  # voxels of 2 mm around the grid, for the closing to open into
+    half = np.pad(brain[::2, ::2, ::2], room)
     outside = ndimage.distance_transform_edt(~half, sampling=2.0)
-    filled = ndimage.distance_transform_edt(outside < 16, sampling=2.0) > 13.5
-    signed = np.where(
-        filled,
-        -ndimage.distance_transform_edt(filled, sampling=2.0),
-        ndimage.distance_transform_edt(~filled, sampling=2.0),
-    )
-    smooth = ndimage.gaussian_filter(signed.astype(np.float32), 1.0)
-    return grow(smooth, HEAD_SHAPE)
+    signed = []
+    for closing, margin in ((14.0, 2.5), (34.0, 3.5)):
+        filled = ndimage.distance_transform_edt(outside < closing + margin, sampling=2.0) > closing
+        away = np.where(
+            filled,
+            -ndimage.distance_transform_edt(filled, sampling=2.0),
+            ndimage.distance_transform_edt(~filled, sampling=2.0),
+        )
+        smooth = ndimage.gaussian_filter(away.astype(np.float32), 1.0)
+        signed.append(grow(smooth[room:-room, room:-room, room:-room], HEAD_SHAPE))
+    return signed[0], np.minimum(signed[0], signed[1])
 
 
 def grow(small: Float, shape: Sequence[int]) -> Float:
@@ -135,9 +161,8 @@ def smooth_noise(rng: np.random.Generator, shape: Sequence[int], scale: float) -
 # --- vessels ---------------------------------------------------------------------------------------------------------
 
 
-def tube(points: Sequence[Point], radius: float, out: Float | None = None) -> Float:
-    """Fill a tube through `points` (z, y, x mm) into a map of filling fractions."""
-    out = np.zeros(HEAD_SHAPE, np.float32) if out is None else out
+def tube(points: Sequence[Point], radius: float, out: Float) -> None:
+    """Fill a tube through `points` (z, y, x mm) into a map `out` of filling fractions."""
     corners = np.asarray(points, dtype=np.float32)
     steps = np.maximum(np.linalg.norm(np.diff(corners, axis=0), axis=1) / 0.7, 1).astype(int)
     line = np.concatenate(
@@ -152,7 +177,6 @@ def tube(points: Sequence[Point], radius: float, out: Float | None = None) -> Fl
     filling = np.clip(radius + 0.5 - np.linalg.norm(voxels - centres[:, None, :], axis=-1), 0, 1).astype(np.float32)
     inside = ((voxels >= 0) & (voxels < HEAD_SHAPE)).all(-1) & (filling > 0)
     np.maximum.at(out, tuple(voxels[inside].T), filling[inside])
-    return out
 
 
 def _vessels(depth: Float) -> tuple[Float, Float]:
@@ -226,175 +250,229 @@ def head(rng: np.random.Generator, contrast: str = "non_contrast") -> tuple[Floa
     `contrast` is non_contrast, arterial, venous or delayed.
     """
     a = atlas()
-    hounsfield = _face(rng, a)
-    skull = _skull(rng, a, hounsfield)
-    atrophy = rng.uniform(0.75, 1.9)
-    csf = np.clip(a.csf * atrophy, 0, 1)
-    csf *= csf * (3 - 2 * csf)  # the averaged maps blur the sulci: steepen them again
-    brain_rest = 1 - csf
-    share = a.white / np.maximum(a.grey + a.white, 1e-3)
-    grey, white, fluid = rng.uniform(34, 41), rng.uniform(25, 31), rng.uniform(2, 12)
+    coarse, fine = turned(rng, a.coarse), turned(rng, a.fine)
+    hounsfield = _face(rng, a, coarse, fine)
+    petrous = _skull(rng, a, hounsfield, coarse, fine)
+    brain, csf = _brain(rng, a, coarse, fine)
     inside = a.depth <= 0
-    tissue = grey + (white - grey) * share + 1.2 * a.coarse + 0.8 * a.fine
-    cupping = rng.uniform(0, 7) * np.exp(np.minimum(a.depth, 0) / 7)  # beam hardening under the skull
-    brain = brain_rest * tissue + csf * fluid + cupping
-    blood = rng.uniform(42, 62)
-    brain = np.where(a.falx, np.maximum(brain, rng.uniform(42, 58)), brain)
-    vessels = np.maximum(a.veins, 0.6 * a.arteries)
-    brain += vessels * np.maximum(blood - brain, 0)
+    inside[petrous] = False
+    np.copyto(hounsfield, brain, where=inside)
+    if contrast != "non_contrast":
+        hounsfield += _enhancement(rng, a, contrast, hounsfield)
+    csf[~inside] = 0
+    return hounsfield, csf
+
+
+def turned(rng: np.random.Generator, texture: Float) -> Float:
+    """A texture shifted and mirrored at random: as good as a new one, and far cheaper."""
+    flip = tuple(slice(None, None, int(step)) for step in rng.choice([-1, 1], 3))
+    return np.roll(texture[flip], tuple(int(v) for v in rng.integers(0, 200, 3)), (0, 1, 2))
+
+
+def _brain(rng: np.random.Generator, a: Atlas, coarse: Float, fine: Float) -> tuple[Float, Float]:
+    """Brain, fluid, falx and vessels without contrast; and the fraction of fluid."""
+    csf = np.clip(a.csf * np.float32(rng.uniform(0.75, 1.9)), 0, 1)  # atrophy
+    csf *= csf * (3 - 2 * csf)  # the averaged maps blur the sulci: steepen them again
+    grey, white, fluid = (np.float32(rng.uniform(*span)) for span in ((34, 41), (25, 31), (2, 12)))
+    brain = grey + (white - grey) * a.whiteness + np.float32(1.2) * coarse + np.float32(0.8) * fine
+    brain += csf * (fluid - brain)
+    cupping = np.float32(rng.uniform(0, 7))  # beam hardening under the skull
+    brain += cupping * np.exp(np.minimum(a.depth, 0) / np.float32(7))
+    brain[a.falx] = np.maximum(brain[a.falx], rng.uniform(42, 58))
+    vessels = np.maximum(a.veins, np.float32(0.6) * a.arteries)
+    brain += vessels * np.maximum(np.float32(rng.uniform(42, 62)) - brain, 0)
     if rng.random() < 0.6:  # calcified choroid plexus and pineal gland
         for centre in ((8.0, 24.0, 24.0), (8.0, 24.0, -24.0), (1.0, 26.0, 0.0)):
             if rng.random() < 0.7:
-                ball = ellipsoid(centre + rng.normal(0, 2, 3), rng.uniform(1.2, 3.5, 3))
-                brain[ball] = rng.uniform(80, 400)
-    hounsfield = np.where(inside & ~skull, brain, hounsfield)
-    if contrast != "non_contrast":
-        hounsfield += _enhancement(rng, a, contrast, hounsfield)
-    return hounsfield.astype(np.float32), np.where(inside, csf, 0).astype(np.float32)
+                paint(brain, centre + rng.normal(0, 2, 3), rng.uniform(1.2, 3.5, 3), rng.uniform(80, 400))
+    return brain, csf
 
 
 def _enhancement(rng: np.random.Generator, a: Atlas, contrast: str, hounsfield: Float) -> Float:
-    arterial, venous, tissue = {
-        "arterial": (rng.uniform(180, 480), rng.uniform(20, 160), rng.uniform(1, 4)),
-        "venous": (rng.uniform(90, 220), rng.uniform(130, 300), rng.uniform(3, 7)),
-        "delayed": (rng.uniform(45, 110), rng.uniform(60, 130), rng.uniform(3, 8)),
-    }[contrast]
-    soft = (hounsfield > -20) & (hounsfield < 110)
-    rise = np.where(soft & (a.depth > 0), tissue * 4, 0) + np.where(a.depth <= 0, tissue * (1 - a.csf), 0)
-    rise = np.maximum(rise, a.arteries * arterial)
-    rise = np.maximum(rise, a.veins * venous)
-    rise = np.maximum(rise, a.choroid * (0.5 * venous) * (a.fine > -0.5))
-    rise = np.maximum(rise, np.where(a.falx, 0.25 * venous, 0))
-    result: Float = rise.astype(np.float32)
-    return result
+    """What iodine adds, by phase: arteries, veins and sinuses, choroid plexus, dura, brain, muscle and mucosa."""
+    arterial, venous, tissue = (
+        np.float32(rng.uniform(*span))
+        for span in {
+            "arterial": ((180, 480), (20, 160), (1, 4)),
+            "venous": ((90, 220), (130, 300), (3, 7)),
+            "delayed": ((45, 110), (60, 130), (3, 8)),
+        }[contrast]
+    )
+    rise = np.where(a.depth > 0, tissue * 4, tissue * (1 - a.csf)).astype(np.float32)
+    rise[(hounsfield < -20) | (hounsfield > 110)] = 0
+    np.maximum(rise, a.arteries * arterial, out=rise)
+    np.maximum(rise, a.veins * venous, out=rise)
+    np.maximum(rise, a.choroid * (0.5 * venous) * (a.fine > -0.5), out=rise)
+    rise[a.falx] = np.maximum(rise[a.falx], 0.25 * venous)
+    return rise
 
 
-def ellipsoid(centre: NDArray[np.float64] | Point, radii: NDArray[np.float64] | Point) -> Bool:
-    """Mask of an ellipsoid on the head grid, (z, y, x) mm."""
-    (z, y, x), (cz, cy, cx), (rz, ry, rx) = axes(), centre, radii
-    inside: Bool = ((z - cz) / rz) ** 2 + ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
-    return inside
+Box = tuple[slice, slice, slice]
 
 
-def _skull(rng: np.random.Generator, a: Atlas, hounsfield: Float) -> Bool:
-    """Draw the skull with its tables and diploe into `hounsfield`; return where bone or air reaches into the cavity."""
+def ellipsoid(
+    centre: Sequence[float] | NDArray[np.float64], radii: Sequence[float] | NDArray[np.float64]
+) -> tuple[Box, Bool]:
+    """An ellipsoid (z, y, x mm) on the head grid: the box around it and its mask within that box."""
+    low = [
+        int(np.clip(np.floor(c - r - o), 0, n))
+        for c, r, o, n in zip(centre, radii, HEAD_ORIGIN, HEAD_SHAPE, strict=True)
+    ]
+    high = [
+        int(np.clip(np.ceil(c + r - o) + 1, 0, n))
+        for c, r, o, n in zip(centre, radii, HEAD_ORIGIN, HEAD_SHAPE, strict=True)
+    ]
+    box = (slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2]))
+    ramps = (
+        ((np.arange(b.start, b.stop) + o - c) / r) ** 2
+        for b, o, c, r in zip(box, HEAD_ORIGIN, centre, radii, strict=True)
+    )
+    z, y, x = np.ix_(*ramps)
+    inside: Bool = z + y + x < 1
+    return box, inside
+
+
+def paint(
+    out: Float,
+    centre: Sequence[float] | NDArray[np.float64],
+    radii: Sequence[float] | NDArray[np.float64],
+    value: float,
+    where: Bool | None = None,
+) -> None:
+    """Set an ellipsoid of `out` to `value`, within the mask `where` of the whole grid if given."""
+    box, inside = ellipsoid(centre, radii)
+    out[box][inside if where is None else inside & where[box]] = value
+
+
+def _slab(low: float, high: float, *fields: Float) -> tuple[Float, ...]:
+    """Coordinates z, y, x and `fields` between two heights in mm, as views."""
     z, y, x = axes()
-    thickness = rng.uniform(4.0, 7.5) + rng.uniform(1, 4) * (y > 75) + 1.0 * a.coarse * (np.abs(a.depth - 4) < 6)
-    thickness = np.where(z < -25, np.minimum(thickness, rng.uniform(3, 5)), thickness)
+    cut = slice(int(low - HEAD_ORIGIN[0]), int(high - HEAD_ORIGIN[0]))
+    return (z[cut], y, x, *(field[cut] for field in fields))
+
+
+def _skull(rng: np.random.Generator, a: Atlas, hounsfield: Float, coarse: Float, fine: Float) -> Bool:
+    """Draw the skull with its tables, diploe and cells into `hounsfield`; returns the bone reaching into the cavity."""
+    z, y, x = axes()
+    top = rng.uniform(4.0, 7.5)
+    base = min(top, rng.uniform(3, 5))
+    outline = np.where(z < -25, base, top + rng.uniform(1, 4) * (y > 75)).astype(np.float32)
     table = rng.uniform(1.2, 1.9)
-    shell = (a.depth > 0) & (a.depth < thickness)
-    shell &= ~((np.abs(x) < 14) & (y > 28) & (y < 62) & (z < -66))  # foramen magnum
-    diploe = shell & (a.depth > table) & (a.depth < thickness - table) & (z > -30)
+    shell = (a.depth > 0) & (a.outer < outline + np.float32(0.5) * coarse) & (a.depth < outline * 2.2)
+    shell[:90] &= ~((np.abs(x) < 14) & (y > 28) & (y < 62) & (z[:90] < -66))  # foramen magnum
+    diploe = shell & (a.depth > table) & (a.outer < outline - table) & (z > -30)
     dense, loose = rng.uniform(1100, 1700), rng.uniform(350, 900)
     hounsfield[shell] = dense
-    hounsfield[diploe] = (loose + 120 * a.fine)[diploe]
-    near = (a.depth > -9) & (a.grey + a.white < 0.35)
-    petrous = np.zeros(HEAD_SHAPE, bool)
-    for side in (-1, 1):
-        for t in np.linspace(0, 1, 6):
-            centre = (-44 + 4 * t, 24 - 22 * t, side * (58 - 38 * t))
-            petrous |= ellipsoid(centre, (9 - 3 * t, 10 - 4 * t, 9.0))
-    petrous |= (np.abs(x) < 14) & (y > -14) & (y < 14) & (z < -36) & (z > -62) & (a.depth > -3)  # clivus and sella
-    petrous &= near | (a.depth > 0)
-    hounsfield[petrous] = (dense * 0.75 + 220 * a.fine)[petrous]
-    cells = np.zeros(HEAD_SHAPE, bool)
+    hounsfield[diploe] = np.float32(loose) + 120 * fine[diploe]
+    hounsfield[a.petrous] = np.float32(dense * 0.75) + 220 * fine[a.petrous]
     if rng.random() < 0.85:
         size = rng.uniform(9, 17)
         for side in (-1, 1):
-            cells |= ellipsoid((-52, 32, side * 57.0), (size * 1.1, size, size * 0.8))
-        cells &= (a.fine > rng.uniform(-0.4, 0.3)) & (a.depth > 1)
-        hounsfield[cells] = rng.uniform(-900, -400)
-    frontal = shell & (a.depth > 1) & (a.depth < thickness - 1) & (np.abs(x) < rng.uniform(5, 28)) & (y < -60)
-    frontal &= (z > -15) & (z < rng.uniform(-5, 28)) & (np.abs(x) > 1)
+            box, inside = ellipsoid((-52, 32, side * 57.0), (size * 1.1, size, size * 0.8))
+            cells = inside & (fine[box] > rng.uniform(-0.4, 0.3)) & (a.depth[box] > 1)
+            hounsfield[box][cells] = rng.uniform(-900, -400)
+    frontal = np.zeros(HEAD_SHAPE, bool)
+    zs, ys, xs, shell_s, depth_s, outer_s, frontal_s = _slab(-15, 28, shell, a.depth, a.outer, frontal)
+    frontal_s[:] = shell_s & (depth_s > 1) & (outer_s < base) & (np.abs(xs) < rng.uniform(5, 28)) & (np.abs(xs) > 1)
+    frontal_s &= (ys < -60) & (zs < rng.uniform(-5, 28))
     hounsfield[frontal] = AIR
-    return petrous & (a.depth <= 0)
+    return a.petrous & (a.depth <= 0)
 
 
-def _face(rng: np.random.Generator, a: Atlas) -> Float:
+def _petrous(depth: Float, tissue: Float) -> Bool:
+    """Pyramids of the temporal bones, clivus and dorsum sellae, where the maps show no brain."""
+    z, y, x = axes()
+    bone = np.zeros(HEAD_SHAPE, np.float32)
+    for side in (-1, 1):
+        for t in np.linspace(0, 1, 6):
+            paint(bone, (-44 + 4 * t, 24 - 22 * t, side * (58 - 38 * t)), (9 - 3 * t, 10 - 4 * t, 9.0), 1)
+    petrous = (bone > 0) & ((tissue < 0.35) & (depth > -9) | (depth > 0))
+    clivus = (np.abs(x) < 12) & (np.abs(y - 8 + (z + 36) * 0.5) < 5) & (z < -34) & (z > -64)
+    result: Bool = petrous | (clivus & (tissue < 0.35))
+    return result
+
+
+def _face(rng: np.random.Generator, a: Atlas, coarse: Float, fine: Float) -> Float:
     """Scalp, face and neck, without skull and brain."""
     z, y, x = axes()
     scalp = rng.uniform(10, 17)
+    under = scalp - a.outer  # mm under the skin
+    low = slice(0, 155)  # z < 5
     knots = (-150, -110, -80, -50, -20, 10)
-    width = np.interp(z, knots, np.array([60, 60, 64, 70, 74, 60]) * rng.uniform(0.92, 1.06))
-    front = np.interp(z, knots, (-48, -84, -92, -94, -88, -60))
-    back = np.interp(z, knots, np.array([66, 70, 82, 92, 92, 70]) * rng.uniform(0.95, 1.05))
+    width = np.interp(z[low], knots, np.array([60, 60, 64, 70, 74, 60]) * rng.uniform(0.92, 1.06)).astype(np.float32)
+    front = np.interp(z[low], knots, (-48, -84, -92, -94, -88, -60)).astype(np.float32)
+    back = np.interp(z[low], knots, np.array([66, 70, 82, 92, 92, 70]) * rng.uniform(0.95, 1.05)).astype(np.float32)
     middle, half = (front + back) / 2, (back - front) / 2
     radius = np.sqrt((x / width) ** 2 + ((y - middle) / half) ** 2)
-    below = np.where(z < 5, (1 - radius) * 62, -1).astype(np.float32)  # rough mm under the skin of face and neck
-    under = np.maximum(below, scalp - a.depth)
-    nose = (
-        (np.abs(x) < 2 + (z + 60) * -0.0 + np.clip((-20 - z) * 0.35, 0, 13))
-        & (y < -80)
-        & (y > -112 + np.abs(z + 50) * 0.6)
-    )
-    under = np.maximum(under, np.where(nose & (z < -18) & (z > -62), 3.0, -1))
+    under[low] = np.maximum(under[low], (1 - radius) * 62)
+    zs, ys, xs, under_s = _slab(-62, -18, under)
+    nose = (np.abs(xs) < 2 + np.clip((-20 - zs) * 0.35, 0, 13)) & (ys < -80) & (ys > -112 + np.abs(zs + 50) * 0.6)
+    under_s[nose] = np.maximum(under_s[nose], 3.0)
     for side in (-1, 1):
-        ear = ellipsoid((-38, 22, side * (83.0 + rng.uniform(-2, 4))), (27, 14, 9))
-        under = np.maximum(under, np.where(ear & (a.fine > -0.6), 2.0, -1))
+        box, ear = ellipsoid((-38, 22, side * (86.0 + rng.uniform(-2, 4))), (27, 14, 7))
+        ear &= fine[box] > -0.6
+        under[box][ear] = np.maximum(under[box][ear], 2.0)
     fat, muscle = rng.uniform(-110, -75), rng.uniform(45, 62)
-    out = np.where(under > 0, fat + 12 * a.fine, AIR).astype(np.float32)
-    temporal = (np.abs(x) > 50) & (z < 25) & (a.depth > 5) & (a.depth < scalp - 3)
-    deep = (under > rng.uniform(5, 10)) & (z < -25)
-    meat = (temporal | deep) & (a.coarse > rng.uniform(-1.3, -0.4))
-    out[meat] = (muscle + 4 * a.fine)[meat]
+    out = np.where(under > 0, np.float32(fat) + 12 * fine, np.float32(AIR))
+    meat = (under[:180] > rng.uniform(5, 10)) & (z[:180] < -25)
+    meat |= (np.abs(x) > 45) & (a.depth[:180] > 3) & (under[:180] > 4) & (y < 30)  # temporal muscles
+    meat &= coarse[:180] > rng.uniform(-1.5, -0.6)
+    out[:180][meat] = np.float32(muscle) + 4 * fine[:180][meat]
     out[(under > 0) & (under < 2.2)] = rng.uniform(0, 45)
     wall = rng.uniform(350, 900)
-    _airways(rng, a, out, wall)
-    _orbits(rng, out, wall)
+    _airways(rng, out, fine, wall)
+    _orbits(rng, a, out, wall)
     _jaws_and_spine(rng, a, out)
     return out
 
 
-def _airways(rng: np.random.Generator, a: Atlas, out: Float, wall: float) -> None:
+def _airways(rng: np.random.Generator, out: Float, fine: Float, wall: float) -> None:
     """Paranasal sinuses, nasal cavity and pharynx, some of the sinuses filled."""
-    z, y, x = axes()
-    solids = [ellipsoid((-46, -56, s * 27.0), rng.uniform(11, 19, 3)) for s in (-1, 1)]
-    solids += [ellipsoid((-40, -20, s * 7.0), (9, 11, 7)) for s in (-1, 1)]
-    for solid in solids:
-        out[ndimage.binary_dilation(solid, iterations=2) & (out > -500)] = wall
-        out[solid] = AIR if rng.random() < 0.85 else rng.uniform(15, 45)
-        if rng.random() < 0.25:  # mucosa or fluid level
-            out[solid & (y > rng.uniform(-60, -45))] = rng.uniform(10, 40)
-    nasal = (np.abs(x) < 15) & (y > -84) & (y < -22) & (z > -62) & (z < -6)
-    out[nasal] = np.where(a.fine > -0.1, AIR, 45)[nasal]
-    walls = nasal & ((np.abs(x) < 1) | (np.abs(a.fine) < 0.16) | (np.abs(np.abs(x) - 15) < 1.5))
-    out[walls] = wall * 0.7
-    pharynx = ((x / 11) ** 2 + ((y + 4) / 7) ** 2 < 1) & (z < -55)
-    out[pharynx] = AIR
+    sinuses = [((-46.0, -56.0, s * 27.0), rng.uniform(11, 19, 3)) for s in (-1, 1)]
+    sinuses += [((-42.0, -20.0, s * 7.0), np.array([9.0, 11.0, 7.0])) for s in (-1, 1)]
+    for centre, radii in sinuses:
+        paint(out, centre, radii + 2, wall)
+        paint(out, centre, radii, AIR if rng.random() < 0.85 else rng.uniform(15, 45))
+        if rng.random() < 0.25:  # a fluid level
+            paint(out, (centre[0], centre[1] + 0.5 * radii[1], centre[2]), radii * 0.8, rng.uniform(10, 40))
+    z, y, x, out_s, fine_s = _slab(-62, -6, out, fine)
+    nasal = (np.abs(x) < 15) & (y > -84) & (y < -22) & (z > -1e3)
+    out_s[nasal] = np.where(fine_s > -0.1, AIR, 45)[nasal]
+    bony = nasal & ((np.abs(x) < 1) | (np.abs(fine_s) < 0.16) | (np.abs(np.abs(x) - 15) < 1.5))
+    out_s[bony] = wall * 0.7
+    z, y, x, out_s = _slab(-150, -55, out)
+    out_s[((x / 11) ** 2 + ((y + 4) / 7) ** 2 + 0 * z) < 1] = AIR  # pharynx
 
 
-def _orbits(rng: np.random.Generator, out: Float, wall: float) -> None:
+def _orbits(rng: np.random.Generator, a: Atlas, out: Float, wall: float) -> None:
+    """Eyes with lenses, fat, muscles and optic nerves in bony cones."""
+    bony = np.broadcast_to(axes()[1] > -76, HEAD_SHAPE)
     for s in (-1, 1):
-        cone = ellipsoid((-30, -52, s * 30.0), (18, 29, 18))
-        rim = ellipsoid((-30, -50, s * 30.0), (21, 31, 21)) & ~cone & (axes()[1] > -76)
-        out[rim & (out > -300)] = wall
-        out[cone] = -95
-        globe = ellipsoid((-30, -70, s * 31.0), (12, 12, 12))
-        out[ellipsoid((-30, -70, s * 31.0), (13, 13, 13))] = 45
-        out[globe] = rng.uniform(4, 16)
-        out[ellipsoid((-30, -79, s * 31.0), (4, 2, 4))] = rng.uniform(70, 120)
-        for dz, dx in ((0, 0), (9, 0), (-9, 0), (0, 10), (0, -10)):  # optic nerve and muscles
-            out[tube([(-30 + dz, -60, s * (30.0 + dx)), (-30, -26, s * 18.0)], 1.8) > 0.5] = 40
+        paint(out, (-30, -50, s * 30.0), (21, 31, 21), wall, bony)
+        paint(out, (-30, -52, s * 30.0), (18, 29, 18), -95)
+    out[a.eye_muscles] = 40
+    for s in (-1, 1):
+        paint(out, (-30, -70, s * 31.0), (13, 13, 13), 45)
+        paint(out, (-30, -70, s * 31.0), (12, 12, 12), rng.uniform(4, 16))
+        paint(out, (-30, -79, s * 31.0), (4, 2, 4), rng.uniform(70, 120))
 
 
 def _jaws_and_spine(rng: np.random.Generator, a: Atlas, out: Float) -> None:
-    z, y, x = axes()
+    z, y, x, out_s, depth = _slab(-150, -40, out, a.depth)
     bone = rng.uniform(700, 1300)
-    arch = np.abs(np.sqrt((x / 1.0) ** 2 + ((y + 34) / 1.15) ** 2) - 43) < 5.5
-    jaw = arch & (y < -18) & (z < -84) & (z > -118)
-    ramus = (np.abs(np.abs(x) - 46) < 4) & (y > -28) & (y < 4) & (z > -118) & (z < -48)
-    upper = (np.abs(np.sqrt(x**2 + ((y + 42) / 1.2) ** 2) - 30) < 6) & (y < -38) & (z > -76) & (z < -58)
-    out[jaw | ramus] = bone
-    out[upper] = bone * 0.6
-    teeth = (np.abs(np.sqrt(x**2 + ((y + 42) / 1.2) ** 2) - 30) < 4.5) & (y < -40) & (z > -90) & (z < -72)
-    teeth &= np.sin(np.arctan2(x, -(y + 42)) * 16) > -0.5
-    out[teeth] = rng.uniform(1600, 2600)
-    zygoma = (np.abs(np.abs(x) - 58) < 4) & (y > -62) & (y < 5) & (np.abs(z + 44) < 4.5)
-    out[zygoma] = bone
-    ring = np.sqrt((x / 1.25) ** 2 + (y - 46) ** 2)
+    lower = np.abs(np.hypot(x, (y + 34) / 1.15) - 43)
+    upper = np.abs(np.hypot(x, (y + 42) / 1.2) - 30)
+    jaw = (lower < 5.5) & (y < -18) & (z < -84) & (z > -118)
+    jaw |= (np.abs(np.abs(x) - 46) < 4) & (y > -28) & (y < 4) & (z > -118) & (z < -48)
+    jaw |= (np.abs(np.abs(x) - 58) < 4) & (y > -62) & (y < 5) & (np.abs(z + 44) < 4.5)  # zygoma
+    out_s[jaw] = bone
+    out_s[(upper < 6) & (y < -38) & (z > -76) & (z < -58)] = bone * 0.6
+    gaps = np.sin(np.arctan2(x, -(y + 42)) * 16) > -0.5
+    out_s[(upper < 4.5) & (y < -40) & gaps & (z > -90) & (z < -72)] = rng.uniform(1600, 2600)
+    ring = np.hypot(x / 1.25, y - 46)
     spine = (z < -80) & ((np.abs(ring - 14.5) < 3.5) | ((np.abs(x) < 11) & (y > 12) & (y < 32)))
-    spine &= (np.sin((z + 80) / 2.7) > -0.75) & (a.depth > 0)
-    out[spine] = bone * 0.8
-    canal = (z < -66) & (ring < 11) & (a.depth > 0)
-    out[canal] = 10
-    out[canal & (ring < 6)] = 36
+    spine &= (np.sin((z + 80) / 2.7) > -0.75) & (depth > 0)
+    out_s[spine] = bone * 0.8
+    canal = (z < -66) & (depth > 0)
+    out_s[canal & (ring < 11)] = 10
+    out_s[canal & (ring < 6)] = 36

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from herald.signatures import FINDINGS
-from serving.phantom.anatomy import HEAD_ORIGIN, HEAD_SHAPE, Bool, Float, atlas, axes
+from serving.phantom.anatomy import HEAD_ORIGIN, HEAD_SHAPE, Bool, Float, atlas, axes, turned
 
 KINDS = ("iph", "ivh", "sah", "sdh", "edh")
 """What can be asked for; `sdh` and `edh` share one channel of the truth."""
@@ -26,13 +26,14 @@ def bleed(rng: np.random.Generator, hounsfield: Float, fluid: Float, kinds: Mapp
 
     A label is the channel of herald.signatures.FINDINGS. `fluid` is the fraction of cerebrospinal fluid.
     """
+    a = atlas()
     truth = np.zeros(HEAD_SHAPE, np.uint8)
     for kind, volume_ml in kinds.items():
         density = rng.uniform(55, 80)
         region, rim = {"iph": _iph, "ivh": _ivh, "sah": _sah, "sdh": _extra_axial, "edh": _extra_axial}[kind](
             rng, fluid, volume_ml, kind
         )
-        _, texture = _texture(rng)
+        texture = turned(rng, a.fine)
         if rim is not None:  # perifocal oedema
             hounsfield[rim & ~region] -= rng.uniform(4, 12)
         if kind == "sah":
@@ -47,12 +48,6 @@ def bleed(rng: np.random.Generator, hounsfield: Float, fluid: Float, kinds: Mapp
             hounsfield += blend * (clot - hounsfield)
             truth[box] = LABELS[kind]
     return truth
-
-
-def _texture(rng: np.random.Generator) -> tuple[Float, Float]:
-    """Two different smooth noises cut at random from the atlas' own, which is far cheaper than drawing new ones."""
-    shift = tuple(int(v) for v in rng.integers(0, 200, 3))
-    return np.roll(atlas().coarse, shift, (0, 1, 2)), np.roll(atlas().fine, shift, (0, 1, 2))
 
 
 def _grown_to(level: Float, allowed: Bool, volume_ml: float) -> Bool:
@@ -86,7 +81,7 @@ def _iph(rng: np.random.Generator, fluid: Float, volume_ml: float, kind: str) ->
         ) + rng.normal(0, 2.5, 3)
     radii = rng.uniform(0.7, 1.5, 3)
     reach = (volume_ml * 1000 / 4.19) ** (1 / 3)
-    level = _distance(centre, radii) * (1 + rng.uniform(0.05, 0.22) * _texture(rng)[0])
+    level = _distance(centre, radii) * (1 + rng.uniform(0.05, 0.22) * turned(rng, atlas().coarse))
     near = _distance(centre, radii) < 3.0 * reach + 4
     region = _grown_to(level, near & (a.depth < -1.5) & (fluid < 0.7), volume_ml)
     region = ndimage.binary_opening(region) if volume_ml > 2 else region
@@ -106,7 +101,7 @@ def _ivh(rng: np.random.Generator, fluid: Float, volume_ml: float, kind: str) ->
     ventricle = ndimage.binary_dilation(atlas().ventricle) & (fluid > 0.35)
     z, y, x = axes()
     if rng.random() < 0.6:
-        level = -y + 0 * x + 0 * z + 3 * _texture(rng)[0]
+        level = -y + 0 * x + 0 * z + 3 * turned(rng, atlas().coarse)
     else:
         level = np.abs(x - rng.uniform(-20, 20)) + 0.4 * np.abs(y - rng.uniform(0, 30)) + 0.3 * np.abs(z - 5)
     return _grown_to(level.astype(np.float32), ventricle, volume_ml), None
@@ -122,7 +117,7 @@ def _sah(rng: np.random.Generator, fluid: Float, volume_ml: float, kind: str) ->
         "convexity": ((float(rng.uniform(20, 60)), float(rng.uniform(-50, 60)), side * 45.0), (1.0, 1.3, 0.9)),
     }[str(rng.choice(["cisterns", "sylvian", "convexity"], p=[0.45, 0.25, 0.3]))]
     space = (a.depth < 0.5) & (a.depth > -45) & (fluid > 0.3) & ~a.ventricle
-    level = _distance(np.array(centre), np.array(radii)) * (1 + 0.2 * _texture(rng)[0])
+    level = _distance(np.array(centre), np.array(radii)) * (1 + 0.2 * turned(rng, atlas().coarse))
     return _grown_to(level, space, volume_ml), None
 
 
@@ -145,6 +140,8 @@ def _extra_axial(rng: np.random.Generator, fluid: Float, volume_ml: float, kind:
     spread = np.radians(rng.uniform(45, 75) if kind == "sdh" else rng.uniform(18, 32))
     away = np.arccos(np.clip(cosine, -1, 1)) / spread
     profile = np.sqrt(np.clip(1 - away**2, 0, 1)) if kind == "sdh" else np.clip(1 - away**2, 0, 1)
-    level = np.where(profile > 0.05, -a.depth / np.maximum(profile, 0.05), 1e6) * (1 + 0.08 * _texture(rng)[0])
+    level = np.where(profile > 0.05, -a.depth / np.maximum(profile, 0.05), 1e6) * (
+        1 + 0.08 * turned(rng, atlas().coarse)
+    )
     allowed = (a.depth < 0.3) & (a.depth > -30) & (away < 1) & (x * side > -1) & (z > -48)
     return _grown_to(level.astype(np.float32), allowed, volume_ml), None
