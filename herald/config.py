@@ -146,6 +146,8 @@ class NotifierConfig:
     sender: str = "herald@localhost"
     retry_for_s: float = 300.0
     """How long a channel that cannot be reached is retried before the next step is used at once."""
+    exhausted_after_minutes: float = 15.0
+    """How long after the last step's page nobody may acknowledge before the operator is told."""
     webui_url: str = "http://127.0.0.1:8080"
     """Where results are posted, and the start of the link in a page unless `webui.public_url` is set."""
 

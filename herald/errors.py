@@ -14,6 +14,7 @@ HeraldError
 ├── ServingError            the model server answered with an error
 │   ├── ServingUnavailable  the model server cannot be reached or is busy   (retriable)
 │   └── SignatureMismatch   a model does not have the expected signature
+├── LinkError               a link in a page is forged, damaged or expired
 └── NotificationError       a channel refused or could not be reached
     ├── ChannelUnavailable  try again later                                 (retriable)
     └── ChannelRefused      trying again would not help
@@ -88,6 +89,10 @@ class ServingUnavailable(ServingError):
 
 class SignatureMismatch(ServingError):
     """Raised when a served model's inputs or outputs differ from `herald.signatures`."""
+
+
+class LinkError(HeraldError):
+    """Raised when the link in a page is forged, damaged or expired."""
 
 
 class NotificationError(HeraldError):

@@ -149,7 +149,12 @@ deliveries = Table(
     Column("page_id", String(36), comment="null for a result posted to the web UI"),
     Column("channel", String(16), nullable=False),
     Column("recipient", String(256), nullable=False),
-    Column("outcome", String(16), nullable=False, comment="sent, shadow, unavailable or refused"),
+    Column(
+        "outcome",
+        String(16),
+        nullable=False,
+        comment="sent, shadow, unavailable, refused or covered",
+    ),
     Column("error", Text),
     Column("duration_s", Float),
 )

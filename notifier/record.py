@@ -1,0 +1,149 @@
+"""The notifier's rows in the ledger, `pages` and `deliveries`, and the one look at the web UI's `reviews`."""
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Literal
+from uuid import UUID, uuid5
+
+from sqlalchemy import Connection, and_, delete, insert, or_, select
+
+from herald.ledger import deliveries, pages, reviews
+
+State = Literal["due", "sent", "acknowledged", "escalated", "exhausted", "withdrawn", "failed"]
+Mode = Literal["shadow", "live"]
+Outcome = Literal["sent", "shadow", "unavailable", "refused", "covered"]
+
+_NAMESPACE = UUID("b1d8a1de-0c3e-4a77-8a53-6d1f5f5f1c0b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """One row of `pages`: what one step of the policy tells one recipient about one study."""
+
+    page_id: str
+    study_instance_uid: str
+    series_instance_uid: str
+    revision: int
+    step: int
+    state: State
+    mode: Mode
+    channel: str
+    recipient: str
+    subject: str
+    body: str
+    finding_at: datetime
+    due_at: datetime
+    sent_at: datetime | None = None
+    acknowledged_at: datetime | None = None
+    acknowledged_by: str | None = None
+    attempts: int = 0
+    next_attempt_at: datetime | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Review:
+    """A reader's look at a series revision, from the event or from the web UI's table."""
+
+    series_instance_uid: str
+    revision: int
+    reader: str
+    occurred_at: datetime
+
+
+def page_id(study_instance_uid: str, step: int) -> str:
+    """One id per study and step, whatever is redelivered."""
+    return str(uuid5(_NAMESPACE, f"{study_instance_uid}/{step}"))
+
+
+def load_page(connection: Connection, identity: str) -> Page | None:
+    """The page with this id."""
+    row = connection.execute(select(pages).where(pages.c.page_id == identity)).one_or_none()
+    return None if row is None else Page(**row._mapping)
+
+
+def pages_of_study(connection: Connection, study_instance_uid: str) -> list[Page]:
+    """The study's pages in the order of the policy."""
+    statement = select(pages).where(pages.c.study_instance_uid == study_instance_uid).order_by(pages.c.step)
+    return [Page(**row._mapping) for row in connection.execute(statement)]
+
+
+def open_pages(connection: Connection) -> list[Page]:
+    """Every page that the clock has to see to, the earliest due first."""
+    statement = select(pages).where(pages.c.state.in_(("due", "sent"))).order_by(pages.c.due_at)
+    return [Page(**row._mapping) for row in connection.execute(statement)]
+
+
+def save_page(connection: Connection, page: Page) -> None:
+    """Write the row, new or not; the notifier is the only writer of `pages`."""
+    connection.execute(delete(pages).where(pages.c.page_id == page.page_id))
+    connection.execute(insert(pages).values(**asdict(page)))
+
+
+def drop_pages(connection: Connection, study_instance_uid: str) -> None:
+    """Forget the study's pages, none of which reached anybody; what was tried stays in `deliveries`."""
+    connection.execute(delete(pages).where(pages.c.study_instance_uid == study_instance_uid))
+
+
+def first_review(connection: Connection, page: Page) -> Review | None:
+    """The earliest review that answers the page: see `policy.answers`, which this repeats in SQL."""
+    same_series = and_(reviews.c.series_instance_uid == page.series_instance_uid, reviews.c.revision >= page.revision)
+    statement = (
+        select(reviews.c.series_instance_uid, reviews.c.revision, reviews.c.reader, reviews.c.occurred_at)
+        .where(reviews.c.study_instance_uid == page.study_instance_uid)
+        .where(or_(same_series, reviews.c.occurred_at >= page.finding_at))
+        .order_by(reviews.c.occurred_at)
+        .limit(1)
+    )
+    row = connection.execute(statement).one_or_none()
+    return None if row is None else Review(*row)
+
+
+def covered_series(connection: Connection, study: list[Page]) -> set[str]:
+    """Further positive series that the pages of a study stand for."""
+    statement = select(deliveries.c.series_instance_uid).where(
+        deliveries.c.page_id.in_([page.page_id for page in study]), deliveries.c.outcome == "covered"
+    )
+    return set(connection.scalars(statement))
+
+
+def note_delivery(
+    connection: Connection,
+    *,
+    at: datetime,
+    series_instance_uid: str,
+    revision: int,
+    page: str | None,
+    channel: str,
+    recipient: str,
+    outcome: Outcome,
+    error: str | None = None,
+    duration_s: float | None = None,
+) -> None:
+    """Add a row when the outcome is another than the last time: an outage is one row, not one per retry."""
+    last = connection.scalar(
+        select(deliveries.c.outcome)
+        .where(
+            deliveries.c.series_instance_uid == series_instance_uid,
+            deliveries.c.revision == revision,
+            deliveries.c.page_id == page if page else deliveries.c.page_id.is_(None),
+            deliveries.c.channel == channel,
+        )
+        .order_by(deliveries.c.delivery_id.desc())
+        .limit(1)
+    )
+    if last == outcome:
+        return
+    connection.execute(
+        insert(deliveries).values(
+            occurred_at=at,
+            series_instance_uid=series_instance_uid,
+            revision=revision,
+            page_id=page,
+            channel=channel,
+            recipient=recipient,
+            outcome=outcome,
+            error=error,
+            duration_s=duration_s,
+        )
+    )
