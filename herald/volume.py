@@ -139,12 +139,7 @@ def volume_from_datasets(datasets: Sequence[Dataset]) -> Volume:
         raise VolumeError("the series has no image; nothing can be analysed")
     notes: list[str] = []
     slices = _same_matrix(slices, notes)
-    cosines = next((s.orientation for s in slices if s.orientation is not None), None)
-    if cosines is not None:
-        slices = _same_orientation(slices, cosines, notes)
-    else:
-        cosines = np.array([1.0, 0, 0, 0, 1.0, 0])
-        notes.append("ImageOrientationPatient is missing; taken as axial")
+    slices, cosines = _same_orientation(slices, notes)
     normal = np.cross(cosines[:3], cosines[3:])
     orientation = _plane_name(normal)
     positions = _positions(slices, normal, notes)
@@ -269,16 +264,20 @@ def _same_matrix(slices: list[_Slice], notes: list[str]) -> list[_Slice]:
     return kept
 
 
-def _same_orientation(slices: list[_Slice], cosines: NDArray[np.float64], notes: list[str]) -> list[_Slice]:
-    """Leave out scouts that some scanners store within the axial series."""
+def _same_orientation(slices: list[_Slice], notes: list[str]) -> tuple[list[_Slice], NDArray[np.float64]]:
+    """The slices of the usual orientation and its cosines: some scanners store scouts within the axial series."""
+    known = [tuple(s.orientation.round(2)) for s in slices if s.orientation is not None]
+    if not known:
+        notes.append("ImageOrientationPatient is missing; taken as axial")
+        return slices, np.array([1.0, 0, 0, 0, 1.0, 0])
+    usual = max(set(known), key=known.count)
+    cosines = next(
+        s.orientation for s in slices if s.orientation is not None and tuple(s.orientation.round(2)) == usual
+    )
     kept = [s for s in slices if s.orientation is None or bool(np.allclose(s.orientation, cosines, atol=0.05))]
-    if len(kept) < len(slices) / 2:
-        usual = next(s.orientation for s in slices if s not in kept and s.orientation is not None)
-        cosines[:] = usual
-        return _same_orientation(slices, cosines, notes)
     if len(kept) < len(slices):
         notes.append(f"{len(slices) - len(kept)} images of another orientation left out")
-    return kept
+    return kept, cosines
 
 
 def _plane_name(normal: NDArray[np.float64]) -> str:

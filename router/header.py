@@ -6,6 +6,7 @@ The pixels decide; the claim stands beside the decision, because every disagreem
 import re
 
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 
 Claim = dict[str, str | None]
 
@@ -62,7 +63,7 @@ def _contrast(ds: Dataset) -> str | None:
 
 def _kernel(ds: Dataset) -> str | None:
     value = ds.get("ConvolutionKernel")
-    name = str(value[0] if isinstance(value, (list, tuple)) or getattr(value, "VM", 1) > 1 else value or "").strip()
+    name = str(value[0] if isinstance(value, MultiValue) else value or "").strip()  # Siemens adds a strength
     return _kernel_by_vendor(name.upper()) or _kernel_by_words(name) or _kernel_by_words(_text(ds, "SeriesDescription"))
 
 
