@@ -2,21 +2,23 @@
 
 `publish` returns when the event is durable. `handle` fetches, calls, and acknowledges after the effect. An error
 that is `retriable` backs off and is tried again for `retry_for_s`; then, or on any other error, the delivery goes to
-the dead letters with its traceback.
+the dead letters with its traceback. Publishing always appends, so a cause that is published again is delivered again
+with the same `event_id`: consumers upsert on it.
 """
 
+import contextlib
 import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
 from herald.config import BusConfig
-from herald.errors import BusError, ConfigError, HeraldError
-from herald.events import Event
+from herald.errors import BusError, ConfigError, EventDecodeError, HeraldError
+from herald.events import Event, event_from_json
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,11 @@ class DeadLetter:
 
 
 class Bus(Protocol):
-    """What every implementation offers; one instance per process and thread of consumption."""
+    """What every implementation offers.
+
+    One instance may be published to from several threads, and consumed from by one. Opening never fails: an
+    unreachable bus raises BusError at each use until it is back, without a new instance.
+    """
 
     def publish(self, event: Event) -> None:
         """Make the event durable; raises BusError when that cannot be said."""
@@ -68,6 +74,9 @@ class Bus(Protocol):
     def keep_alive(self, delivery: Delivery) -> None:
         """The handler still works on it: do not hand it to another consumer."""
 
+    def release(self, delivery: Delivery) -> None:
+        """Give the delivery back undone: it is handed out again, to whoever comes first."""
+
     def dead_letter(self, delivery: Delivery, error: str, trace: str) -> None:
         """Put the delivery aside with its error, and acknowledge it."""
 
@@ -78,7 +87,7 @@ class Bus(Protocol):
         """Publish a dead letter again to the group that could not handle it, and remove it from the dead letters."""
 
     def backlog(self, group: str, topic: str) -> int:
-        """How many events wait for the group."""
+        """How many events the group has not acknowledged."""
 
     def check(self) -> None:
         """Raise BusError when the bus cannot be reached."""
@@ -88,7 +97,7 @@ class Bus(Protocol):
 
 
 def open_bus(config: BusConfig) -> Bus:
-    """The bus that `bus.url` names: sqlite:///FILE or kafka://HOST:PORT."""
+    """The bus that `bus.url` names: sqlite:///FILE or kafka://HOST:PORT[,HOST:PORT][/PREFIX]."""
     scheme, separator, rest = config.url.partition("://")
     if not separator:
         raise ConfigError(f"bus.url {config.url!r} is no URL; use sqlite:///FILE or kafka://HOST:PORT")
@@ -99,8 +108,17 @@ def open_bus(config: BusConfig) -> Bus:
     if scheme == "kafka":
         from herald.bus.kafka import KafkaBus
 
-        return KafkaBus(rest)
+        servers, _, prefix = rest.partition("/")
+        return KafkaBus(servers, prefix)
     raise ConfigError(f"bus.url has the unknown scheme {scheme!r}; use sqlite:///FILE or kafka://HOST:PORT")
+
+
+def decode(topic: str, message: bytes) -> Event:
+    """The event in a message of `topic`; raises EventDecodeError when it is none or belongs elsewhere."""
+    event = event_from_json(message)
+    if event.topic != topic:
+        raise EventDecodeError(f"{type(event).__name__} belongs on topic {event.topic}, it was found on {topic}")
+    return event
 
 
 def handle(
@@ -111,10 +129,10 @@ def handle(
     config: BusConfig,
     on_dead: Callable[[Event, BaseException], None] | None = None,
 ) -> None:
-    """Serve `handlers` until `stop` is set; a delivery under way is finished first.
+    """Serve `handlers` until `stop` is set; a handler at work is finished first, a pause before a retry is not.
 
-    `on_dead` is called before an event is put aside, so that a service can still say what became of it. An
-    unreachable bus is waited for, with one line in the log per outage.
+    `on_dead` is called before an event is put aside, so that a service can still say what became of it; until it
+    succeeds, the event is not put aside. An unreachable bus is waited for, with one line in the log per outage.
     """
     topics = tuple(event_type.topic for event_type in handlers)
     outage = False
@@ -133,6 +151,10 @@ def handle(
             stop.wait(1.0)
 
 
+class _Stopped(Exception):
+    """Raised when the service is to stop while a delivery waits for its next attempt."""
+
+
 def _deliver(
     bus: Bus,
     delivery: Delivery,
@@ -142,29 +164,75 @@ def _deliver(
     on_dead: Callable[[Event, BaseException], None] | None,
 ) -> None:
     event = delivery.event
+    name = f"{type(event).__name__} of series {event.series_instance_uid} revision {event.revision}"
+    try:
+        with _kept_alive(bus, delivery):
+            error = _failure(event, name, handler, stop, config)
+            if error is None:
+                bus.ack(delivery)
+                return
+            reason = f"{type(error).__name__}: {error}"
+            log.error("%s goes to the dead letters: %s", name, reason)
+            if on_dead is not None:
+                _tell(event, name, error, on_dead, stop, config)
+            bus.dead_letter(delivery, reason, "".join(traceback.format_exception(error)))
+    except BaseException as error:
+        with contextlib.suppress(BusError):  # an unreachable bus hands it out again by itself
+            bus.release(delivery)
+        if not isinstance(error, _Stopped):
+            raise
+
+
+def _failure(
+    event: Event, name: str, handler: Handler, stop: threading.Event, config: BusConfig
+) -> BaseException | None:
+    """Call the handler, again while trying again may help: None, or the error that it failed with for good."""
     deadline = time.monotonic() + config.retry_for_s
+    pauses = _pauses(config)
+    while True:
+        pause_s = next(pauses)
+        try:
+            handler(event)
+            return None
+        except Exception as error:
+            retriable = isinstance(error, HeraldError) and error.retriable
+            if not retriable or time.monotonic() + pause_s >= deadline:
+                return error
+            log.warning("%s: %s: %s; trying again in %.1f s", name, type(error).__name__, error, pause_s)
+        if stop.wait(pause_s):
+            raise _Stopped
+
+
+def _tell(
+    event: Event,
+    name: str,
+    error: BaseException,
+    on_dead: Callable[[Event, BaseException], None],
+    stop: threading.Event,
+    config: BusConfig,
+) -> None:
+    """Call `on_dead` until it succeeds: an event that is put aside unsaid would have vanished."""
+    for pause_s in _pauses(config):
+        try:
+            on_dead(event, error)
+            return
+        except Exception as failure:
+            log.error(
+                "what became of %s cannot be said: %s: %s; trying again in %.1f s",
+                name,
+                type(failure).__name__,
+                failure,
+                pause_s,
+            )
+        if stop.wait(pause_s):
+            raise _Stopped
+
+
+def _pauses(config: BusConfig) -> Iterator[float]:
     pause_s = config.retry_first_s
     while True:
-        try:
-            with _kept_alive(bus, delivery):
-                handler(event)
-            bus.ack(delivery)
-            return
-        except Exception as error:
-            name = f"{type(event).__name__} of series {event.series_instance_uid} revision {event.revision}"
-            retriable = isinstance(error, HeraldError) and error.retriable
-            if retriable and time.monotonic() + pause_s < deadline:
-                log.warning("%s: %s: %s; trying again in %.1f s", name, type(error).__name__, error, pause_s)
-                if stop.wait(pause_s):
-                    return  # not acknowledged: it comes back when the service does
-                bus.keep_alive(delivery)
-                pause_s = min(2 * pause_s, RETRY_LONGEST_S)
-                continue
-            log.error("%s goes to the dead letters: %s: %s", name, type(error).__name__, error)
-            if on_dead is not None:
-                on_dead(event, error)
-            bus.dead_letter(delivery, f"{type(error).__name__}: {error}", traceback.format_exc())
-            return
+        yield pause_s
+        pause_s = min(2 * pause_s, RETRY_LONGEST_S)
 
 
 class _kept_alive:  # noqa: N801 - reads as a phrase in the with statement
