@@ -20,7 +20,7 @@ class WebuiChannel:
         self._token = required_secret(config.webui.token, "webui.token")
         self._session = requests.Session()
         # an internal address: a proxy for the internet must not come between
-        self._session.proxies = {"no_proxy": urlsplit(self.recipient).hostname or ""}
+        self._proxies = {"no_proxy": urlsplit(self.recipient).hostname or ""}
 
     def put(self, event: SeriesTriaged) -> None:
         """Return when the web UI has recorded the result (2xx).
@@ -35,6 +35,7 @@ class WebuiChannel:
                 headers={"Content-Type": "application/json"},
                 auth=self._authorize,
                 timeout=TIMEOUT_S,
+                proxies=self._proxies,
                 allow_redirects=False,  # a redirect to a log-in page is no success
             )
         except ValueError as error:
