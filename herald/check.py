@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import requests
 from pynetdicom import AE
-from pynetdicom.sop_class import Verification
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
 
 from herald.bus import open_bus
 from herald.config import Config
@@ -15,6 +15,9 @@ from herald.errors import BusError, ChannelUnavailable, HeraldError, StoreFullEr
 from herald.ledger import open_ledger
 
 TIMEOUT_S = 3.0
+
+GROUPS = (("router", "series"), ("notifier", "results"), ("notifier", "reviews"), ("notifier-webui", "results"))
+"""Who consumes what from the bus."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,7 @@ def _bus(config: Config) -> str:
     bus = open_bus(config.bus)
     try:
         bus.check()
-        waiting = {
-            f"{group}/{topic}": bus.backlog(group, topic)
-            for group, topic in (("router", "series"), ("notifier", "results"), ("notifier", "reviews"))
-        }
+        waiting = {f"{group}/{topic}": bus.backlog(group, topic) for group, topic in GROUPS}
     finally:
         bus.close()
     return f"{config.bus.url.partition('://')[0]}; waiting: " + ", ".join(f"{k} {n}" for k, n in waiting.items())

@@ -1,0 +1,107 @@
+"""The main job on real CT: `herald demo --once --json` on ../shared/data, as stored and with telling headers blanked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+from pydicom.uid import generate_uid
+
+DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+SERIES = ("ge-head", "philips-phantom/localizer", "philips-phantom/soft-5mm", "philips-phantom/bone-1mm", "lidc-body")
+SCREENS = "philips-phantom/exam-summary"
+TELLING = ("ConvolutionKernel", "ContrastBolusAgent", "BodyPartExamined", "SeriesDescription", "ProtocolName")
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the demonstration says of every real series, by folder name; `NAME blank` is the copy without headers."""
+    if not DATA.is_dir():
+        pytest.skip("no real CT at ../shared/data")
+    folder = tmp_path_factory.mktemp("real")
+    names = {}
+    for series in (*SERIES, SCREENS):
+        for number, path in enumerate(sorted(p for p in (DATA / series).iterdir() if p.is_file())):
+            ds = dcmread(path)
+            names[str(ds.SeriesInstanceUID)] = series
+            ds.save_as(folder / f"{series.replace('/', '-')}-{number}.dcm")
+            ds.SeriesInstanceUID = generate_uid(entropy_srcs=[ds.SeriesInstanceUID, "blank"])
+            names[str(ds.SeriesInstanceUID)] = f"{series} blank"
+            ds.SOPInstanceUID = generate_uid(entropy_srcs=[ds.SOPInstanceUID, "blank"])
+            ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+            for keyword in TELLING:
+                if keyword in ds:
+                    ds[keyword].value = None
+            ds.save_as(folder / f"{series.replace('/', '-')}-{number}-blank.dcm")
+    command = [sys.executable, "-m", "herald", "demo", "--once", "--json", "--dicom", str(folder)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HERALD_")}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    answer = json.loads(done.stdout)
+    assert answer["url"].startswith("http://")
+    return {names[one["series_instance_uid"]]: one for one in answer["series"]}
+
+
+def test_every_real_series_has_its_disposition(told: dict[str, Any]) -> None:
+    assert set(told) == {f"{series}{variant}" for series in (*SERIES, SCREENS) for variant in ("", " blank")}
+
+
+@pytest.mark.parametrize("variant", ["", " blank"])
+def test_the_real_head_is_recognised_and_goes_through_detection(told: dict[str, Any], variant: str) -> None:
+    head = told["ge-head" + variant]
+    labels = {name: answer["label"] for name, answer in head["protocol"].items()}
+    assert labels == {"contrast": "non_contrast", "orientation": "axial", "kernel": "soft", "region": "head"}
+    assert head["disposition"] == "negative"
+    assert {finding["kind"] for finding in head["findings"]} >= {"any", "iph", "sah", "edh_sdh"}
+    assert head["latency_s"]["detect"] > 0
+    assert any("gantry tilt" in note for note in head["notes"])
+
+
+@pytest.mark.parametrize("variant", ["", " blank"])
+@pytest.mark.parametrize(
+    ("series", "reason"),
+    [("philips-phantom/localizer", "localizer"), (SCREENS, "not a CT image")],
+)
+def test_scouts_and_screens_are_not_eligible_without_a_model_call(
+    told: dict[str, Any], series: str, reason: str, variant: str
+) -> None:
+    one = told[series + variant]
+    assert one["disposition"] == "not_eligible"
+    assert one["reasons"][0].startswith(reason)
+    assert one["protocol"] is None
+
+
+@pytest.mark.parametrize(("variant", "claim"), [("", "bone"), (" blank", None)])
+def test_the_bone_kernel_is_seen_in_the_pixels_with_the_header_beside_it(
+    told: dict[str, Any], variant: str, claim: str | None
+) -> None:
+    bone = told["philips-phantom/bone-1mm" + variant]
+    assert bone["disposition"] == "not_eligible"
+    assert bone["protocol"]["kernel"]["label"] == "bone"
+    assert any(reason.startswith("kernel: bone kernel") for reason in bone["reasons"])
+    assert bone["header"]["kernel"] == claim
+
+
+@pytest.mark.parametrize("variant", ["", " blank"])
+def test_the_same_object_in_a_soft_kernel_is_soft(told: dict[str, Any], variant: str) -> None:
+    assert told["philips-phantom/soft-5mm" + variant]["protocol"]["kernel"]["label"] == "soft"
+
+
+@pytest.mark.parametrize("variant", ["", " blank"])
+def test_a_body_is_not_a_head(told: dict[str, Any], variant: str) -> None:
+    body = told["lidc-body" + variant]
+    assert body["disposition"] == "not_eligible"
+    assert any(reason.startswith("region: not a head") for reason in body["reasons"])
+
+
+@pytest.mark.parametrize("series", SERIES)
+def test_blank_headers_change_no_decision(told: dict[str, Any], series: str) -> None:
+    with_headers, blank = told[series], told[f"{series} blank"]
+    assert blank["disposition"] == with_headers["disposition"]
+    assert blank["uncertain"] == with_headers["uncertain"]
+    assert blank["protocol"] == with_headers["protocol"]
