@@ -1,8 +1,18 @@
-"""What the notifier's tests share: an event with everything in it, and a configuration with secrets."""
+"""What the notifier's tests share: an event, a configuration, and real SMTP and HTTP servers on loopback."""
 
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from email.message import EmailMessage
+from email.parser import BytesParser
+from email.policy import default
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from aiosmtpd.controller import Controller
 
 from herald.config import Config, NotifierConfig, WebuiConfig
 from herald.events import Finding, Label, SeriesTriaged
@@ -42,3 +52,89 @@ def configured(**notifier: Any) -> Config:
         notifier=NotifierConfig(**notifier),
         webui=WebuiConfig(token="token-for-tests", secret_key="key-for-tests", public_url="https://herald.example"),
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Mailbox:
+    """An aiosmtpd handler: keeps accepted e-mails; `answers` replaces the reply at a stage (MAIL, RCPT, DATA, QUIT)."""
+
+    def __init__(self) -> None:
+        self.emails: list[EmailMessage] = []
+        self.encrypted: list[bool] = []
+        self.answers: dict[str, str] = {}
+        self.arrived = threading.Event()
+
+    async def handle_MAIL(self, _server: Any, _session: Any, envelope: Any, address: str, options: Any) -> str:  # noqa: N802
+        if "MAIL" in self.answers:
+            return self.answers["MAIL"]
+        envelope.mail_from = address
+        return "250 OK"
+
+    async def handle_RCPT(self, _server: Any, _session: Any, envelope: Any, address: str, options: Any) -> str:  # noqa: N802
+        if "RCPT" in self.answers:
+            return self.answers["RCPT"]
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, _server: Any, session: Any, envelope: Any) -> str:  # noqa: N802
+        if "DATA" in self.answers:
+            return self.answers["DATA"]
+        self.emails.append(BytesParser(policy=default).parsebytes(envelope.content))  # type: ignore[arg-type]
+        self.encrypted.append(session.ssl is not None)
+        self.arrived.set()
+        return "250 accepted"
+
+    async def handle_QUIT(self, _server: Any, _session: Any, _envelope: Any) -> str:  # noqa: N802
+        return self.answers.get("QUIT", "221 Bye")
+
+
+@contextmanager
+def smtp_server(mailbox: Mailbox, port: int, **options: Any) -> Iterator[None]:
+    controller = Controller(mailbox, hostname="127.0.0.1", port=port, **options)
+    controller.start()
+    try:
+        yield
+    finally:
+        controller.stop()
+
+
+class HttpServer:
+    """A real HTTP server that keeps what it was sent and answers `status`."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.status = 204
+        self.arrived = threading.Event()
+        self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                outer.requests.append((self.command, self.path, dict(self.headers), body))
+                self.send_response(outer.status)
+                if outer.status == 302:
+                    self.send_header("Location", "/login")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                outer.arrived.set()
+
+            do_PUT = do_POST = do_GET = answer  # noqa: N815
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

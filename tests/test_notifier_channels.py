@@ -3,21 +3,14 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from email.message import EmailMessage
-from email.parser import BytesParser
-from email.policy import default
 from email.utils import parsedate_to_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
-from notifier_fakes import configured, triaged
+from notifier_fakes import HttpServer, Mailbox, configured, free_port, smtp_server, triaged
 from sqlalchemy import select
 
 from herald.config import Config, LedgerConfig, NotifierConfig, PagingStep
@@ -32,55 +25,7 @@ from notifier.posting import Posting
 MESSAGE = Message("0a1b2c3d", "Herald: suspected intracranial haemorrhage 0.97 (IPH)", "Finding\n\nhttps://x/page/y\n")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 # --- SMTP ------------------------------------------------------------------------------------------------------------
-
-
-class Mailbox:
-    """An aiosmtpd handler: keeps accepted e-mails; `answers` replaces the reply at a stage (MAIL, RCPT, DATA, QUIT)."""
-
-    def __init__(self) -> None:
-        self.emails: list[EmailMessage] = []
-        self.encrypted: list[bool] = []
-        self.answers: dict[str, str] = {}
-
-    async def handle_MAIL(self, _server: Any, _session: Any, envelope: Any, address: str, options: Any) -> str:  # noqa: N802
-        if "MAIL" in self.answers:
-            return self.answers["MAIL"]
-        envelope.mail_from = address
-        return "250 OK"
-
-    async def handle_RCPT(self, _server: Any, _session: Any, envelope: Any, address: str, options: Any) -> str:  # noqa: N802
-        if "RCPT" in self.answers:
-            return self.answers["RCPT"]
-        envelope.rcpt_tos.append(address)
-        return "250 OK"
-
-    async def handle_DATA(self, _server: Any, session: Any, envelope: Any) -> str:  # noqa: N802
-        if "DATA" in self.answers:
-            return self.answers["DATA"]
-        self.emails.append(BytesParser(policy=default).parsebytes(envelope.content))  # type: ignore[arg-type]
-        self.encrypted.append(session.ssl is not None)
-        return "250 accepted"
-
-    async def handle_QUIT(self, _server: Any, _session: Any, _envelope: Any) -> str:  # noqa: N802
-        return self.answers.get("QUIT", "221 Bye")
-
-
-@contextmanager
-def smtp_server(mailbox: Mailbox, port: int, **options: Any) -> Iterator[None]:
-    controller = Controller(mailbox, hostname="127.0.0.1", port=port, **options)
-    controller.start()
-    try:
-        yield
-    finally:
-        controller.stop()
 
 
 @pytest.fixture
@@ -216,40 +161,6 @@ def test_what_is_not_one_address_is_a_config_error_that_names_the_setting(to: st
 
 
 # --- HTTP ------------------------------------------------------------------------------------------------------------
-
-
-class HttpServer:
-    """A real HTTP server that keeps what it was sent and answers `status`."""
-
-    def __init__(self) -> None:
-        self.status = 204
-        self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                outer.requests.append((self.command, self.path, dict(self.headers), body))
-                self.send_response(outer.status)
-                if outer.status == 302:
-                    self.send_header("Location", "/login")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            do_PUT = do_POST = do_GET = answer  # noqa: N815
-
-            def log_message(self, *_: object) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 @pytest.fixture

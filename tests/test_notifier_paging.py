@@ -1,0 +1,728 @@
+import logging
+import shutil
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from notifier_fakes import NOON, configured, triaged
+from sqlalchemy import Connection, insert, select
+
+from herald.config import Config, LedgerConfig, PagingStep
+from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError, LedgerError
+from herald.events import Action, SeriesReviewed, SeriesTriaged
+from herald.ledger import Ledger, deliveries, reviews
+from notifier import policy, record
+from notifier.channels import Message
+from notifier.paging import Paging
+from notifier.record import Page
+from notifier.service import open_channels
+
+STEPS = (
+    PagingStep(to="first@hospital.example"),
+    PagingStep(to="second@hospital.example", after_minutes=10),
+    PagingStep(to="third@hospital.example", after_minutes=20),
+)
+ANSWERED: tuple[Action, ...] = ("acknowledge", "agree", "disagree", "unsure")
+
+
+class Killed(BaseException):
+    """The process is gone at this very point."""
+
+
+class FakeChannel:
+    """Accepts, or does what `behaviour` says; keeps every attempt and every accepted message."""
+
+    def __init__(self, recipient: str) -> None:
+        self.recipient = recipient
+        self.behaviour: str = "accept"
+        self.attempts: list[Message] = []
+        self.accepted: list[Message] = []
+        self.during: Callable[[], None] = lambda: None
+
+    def send(self, message: Message) -> None:
+        self.attempts.append(message)
+        self.during()
+        if self.behaviour == "unavailable":
+            raise ChannelUnavailable("server 10.0.0.1:25 cannot be reached")
+        if self.behaviour == "refuse":
+            raise ChannelRefused("server 10.0.0.1:25 answered 550 no")
+        if self.behaviour == "break":
+            raise KeyError("a bug in a channel")
+        if self.behaviour == "die before":
+            raise Killed
+        self.accepted.append(message)
+        if self.behaviour == "die after":
+            raise Killed
+
+
+class FaultyLedger(Ledger):
+    """A ledger whose next transactions fail as `faults` say, in order; `ok` lets one pass."""
+
+    faults: list[str]
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        fault = self.faults.pop(0) if self.faults else "ok"
+        if fault == "refuse":
+            raise LedgerError("the ledger refuses")
+        if fault == "die before":
+            raise Killed
+        with super().begin() as connection:
+            yield connection
+        if fault == "refuse after":
+            raise LedgerError("the connection was lost while it committed")
+        if fault == "die after":
+            raise Killed
+
+
+def faulty_ledger(folder: Path) -> FaultyLedger:
+    ledger = FaultyLedger(LedgerConfig(f"sqlite:///{folder / 'ledger.sqlite'}"))
+    ledger.faults = []
+    ledger.create_tables()
+    return ledger
+
+
+class Night:
+    """A notifier's paging with a clock in the test's hand, that can die and start again on the same ledger."""
+
+    def __init__(self, ledger: FaultyLedger, **notifier: Any) -> None:
+        self.ledger = ledger
+        self.config: Config = configured(**{"mode": "live", "steps": STEPS, "retry_for_s": 20.0, **notifier})
+        self.channels = [FakeChannel(step.to) for step in self.config.notifier.steps]
+        self.now = NOON
+        self.start()
+
+    def start(self, **notifier: Any) -> None:
+        self.config = replace(self.config, notifier=replace(self.config.notifier, **notifier))
+        self.paging = Paging(
+            self.ledger, self.config, self.channels, now=lambda: self.now, jitter=lambda low, high: 1.0
+        )
+
+    def after(self, **duration: float) -> datetime | None:
+        self.now += timedelta(**duration)
+        return self.paging.tick()
+
+    def triage(self, disposition: str = "positive", **changes: Any) -> SeriesTriaged:
+        event = triaged(disposition, occurred_at=self.now, **changes)
+        self.paging.on_triaged(event)
+        return event
+
+    def review(self, action: Action = "acknowledge", *, series: str = "1.2.3.4", revision: int = 1) -> None:
+        self.paging.on_reviewed(self.reviewed(action, series=series, revision=revision))
+
+    def reviewed(self, action: Action = "acknowledge", *, series: str = "1.2.3.4", revision: int = 1) -> SeriesReviewed:
+        return SeriesReviewed(
+            study_instance_uid="1.2.3",
+            series_instance_uid=series,
+            revision=revision,
+            occurred_at=self.now,
+            review_id=str(uuid4()),
+            action=action,
+            reader="dr-night",
+        )
+
+    def pages(self, study: str = "1.2.3") -> list[Page]:
+        with self.ledger.read() as connection:
+            return record.pages_of_study(connection, study)
+
+    def states(self) -> list[str]:
+        return [page.state for page in self.pages()]
+
+    def sent(self) -> list[int]:
+        return [len(channel.accepted) for channel in self.channels]
+
+    def outcomes(self) -> list[str]:
+        with self.ledger.read() as connection:
+            return list(connection.scalars(select(deliveries.c.outcome).order_by(deliveries.c.delivery_id)))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[FaultyLedger]:
+    ledger = faulty_ledger(tmp_path)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def night(ledger: FaultyLedger) -> Night:
+    return Night(ledger)
+
+
+# --- one page --------------------------------------------------------------------------------------------------------
+
+
+def test_a_positive_result_pages_the_first_step_at_once(night: Night) -> None:
+    night.triage()
+    (message,) = night.channels[0].accepted
+    assert message.subject == "Herald: suspected intracranial haemorrhage 0.97 (IPH)"
+    (page,) = night.pages()
+    assert (page.state, page.mode, page.channel, page.recipient) == ("sent", "live", "smtp", "first@hospital.example")
+    assert (page.sent_at, page.attempts, page.error) == (NOON, 1, None)
+    assert message.page_id == page.page_id == record.page_id("1.2.3", 0)
+    assert night.outcomes() == ["sent"]
+
+
+@pytest.mark.parametrize("disposition", ["negative", "not_eligible", "failed"])
+def test_any_other_result_pages_nobody(night: Night, disposition: str) -> None:
+    night.triage(disposition)
+    assert (night.sent(), night.pages()) == ([0, 0, 0], [])
+
+
+def test_a_redelivered_result_pages_once(night: Night) -> None:
+    event = night.triage()
+    night.paging.on_triaged(event)
+    night.start()
+    night.paging.on_triaged(event)
+    assert night.sent() == [1, 0, 0]
+    assert night.outcomes() == ["sent"]
+
+
+def test_a_later_series_or_revision_of_a_paged_study_is_noted_and_pages_nobody(night: Night) -> None:
+    night.triage()
+    night.triage(revision=2)
+    again = night.triage(series="1.2.3.5")
+    night.paging.on_triaged(again)
+    assert night.sent() == [1, 0, 0]
+    assert night.outcomes() == ["sent", "covered", "covered"]
+
+
+def test_two_studies_are_two_pages(night: Night) -> None:
+    night.triage()
+    night.triage(study="1.2.9", series="1.2.9.1")
+    assert night.sent() == [2, 0, 0]
+
+
+def test_a_first_step_with_a_delay_waits_for_it(ledger: FaultyLedger) -> None:
+    night = Night(ledger, steps=(replace(STEPS[0], after_minutes=3),))
+    night.triage()
+    assert night.after(minutes=2) == NOON + timedelta(minutes=3)
+    assert night.sent() == [0]
+    night.after(minutes=1)
+    assert night.sent() == [1]
+
+
+# --- channels that fail ----------------------------------------------------------------------------------------------
+
+
+def test_an_unavailable_channel_is_retried_until_it_is_back_and_the_outage_is_one_row(night: Night) -> None:
+    night.channels[0].behaviour = "unavailable"
+    night.triage()
+    assert night.after(seconds=1.9) == NOON + timedelta(seconds=2)
+    assert len(night.channels[0].attempts) == 1
+    night.after(seconds=0.1)
+    (page,) = night.pages()
+    assert (page.state, page.attempts, page.error) == ("due", 2, "server 10.0.0.1:25 cannot be reached")
+    night.channels[0].behaviour = "accept"
+    night.after(seconds=4)
+    assert night.sent() == [1, 0, 0]
+    assert night.outcomes() == ["unavailable", "sent"]
+
+
+def test_a_channel_that_stays_unavailable_fails_and_the_next_step_is_used_at_once(night: Night) -> None:
+    night.channels[0].behaviour = "unavailable"
+    night.triage()
+    for _ in range(20):
+        night.after(seconds=2)
+    assert night.states() == ["failed", "sent"]
+    assert len(night.channels[0].attempts) == policy.attempts_allowed(20.0)
+    assert night.pages()[1].sent_at <= NOON + timedelta(seconds=31)  # type: ignore[operator]
+
+
+def test_a_channel_that_refuses_is_not_asked_again_and_the_next_step_is_used_in_the_same_breath(night: Night) -> None:
+    night.channels[0].behaviour = "refuse"
+    night.triage()
+    assert night.states() == ["failed", "sent"]
+    assert night.sent() == [0, 1, 0]
+    assert night.outcomes() == ["refused", "sent"]
+
+
+def test_a_channel_with_a_bug_is_passed_over_like_one_that_is_down(night: Night) -> None:
+    night.channels[0].behaviour = "break"
+    night.triage()
+    for _ in range(20):
+        night.after(seconds=2)
+    assert night.states() == ["failed", "sent"]
+    assert "KeyError" in str(night.pages()[0].error)
+
+
+def test_when_every_channel_refuses_the_operator_is_told_what_to_do(
+    night: Night, caplog: pytest.LogCaptureFixture
+) -> None:
+    for channel in night.channels:
+        channel.behaviour = "refuse"
+    night.triage()
+    assert night.states() == ["failed", "failed", "exhausted"]
+    (line,) = (r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
+    assert "550 no" in line
+    assert "call the radiologist" in line
+
+
+def test_a_study_whose_page_reached_nobody_is_paged_for_its_next_positive_series(night: Night) -> None:
+    for channel in night.channels:
+        channel.behaviour = "refuse"
+    event = night.triage()
+    night.paging.on_triaged(event)
+    assert len(night.channels[0].attempts) == 1
+    night.channels[0].behaviour = "accept"
+    night.triage(series="1.2.3.5")
+    assert night.states() == ["sent"]
+    assert night.sent() == [1, 0, 0]
+
+
+# --- escalation ------------------------------------------------------------------------------------------------------
+
+
+def test_an_unanswered_page_escalates_step_by_step_and_is_exhausted_after_the_last(
+    night: Night, caplog: pytest.LogCaptureFixture
+) -> None:
+    night.triage()
+    assert night.after(minutes=9.9) == NOON + timedelta(minutes=10)
+    assert night.sent() == [1, 0, 0]
+    night.after(minutes=0.1)
+    assert (night.states(), night.sent()) == (["escalated", "sent"], [1, 1, 0])
+    assert night.after(minutes=10) == NOON + timedelta(minutes=35)
+    assert (night.states(), night.sent()) == (["escalated", "escalated", "sent"], [1, 1, 1])
+    assert night.after(minutes=15) is None
+    assert night.states() == ["escalated", "escalated", "exhausted"]
+    assert "nobody has acknowledged in time" in caplog.text
+    assert any(r.levelno == logging.ERROR for r in caplog.records)
+
+
+@pytest.mark.parametrize("action", ANSWERED)
+def test_any_verdict_stops_the_escalation_and_is_recorded(night: Night, action: Action) -> None:
+    night.triage()
+    night.now += timedelta(minutes=5)
+    night.review(action)
+    (page,) = night.pages()
+    assert (page.state, page.acknowledged_by, page.acknowledged_at) == ("acknowledged", "dr-night", night.now)
+    assert night.after(hours=2) is None
+    assert night.sent() == [1, 0, 0]
+
+
+def test_a_review_after_exhaustion_still_acknowledges(ledger: FaultyLedger) -> None:
+    night = Night(ledger, steps=STEPS[:1])
+    night.triage()
+    night.after(minutes=20)
+    assert night.states() == ["exhausted"]
+    night.review()
+    assert night.states() == ["acknowledged"]
+
+
+def test_the_first_reader_stays_the_one_who_acknowledged(night: Night) -> None:
+    night.triage()
+    night.review()
+    night.paging.on_reviewed(replace(night.reviewed(), reader="dr-late"))
+    assert night.pages()[0].acknowledged_by == "dr-night"
+
+
+def write_review(night: Night, event: SeriesReviewed) -> None:
+    """As the web UI does, before its event reaches the notifier."""
+    with night.ledger.begin() as connection:
+        connection.execute(
+            insert(reviews).values(
+                review_id=event.review_id,
+                study_instance_uid=event.study_instance_uid,
+                series_instance_uid=event.series_instance_uid,
+                revision=event.revision,
+                action=event.action,
+                reader=event.reader,
+                prediction_shown=True,
+                occurred_at=event.occurred_at,
+            )
+        )
+
+
+def test_a_review_in_the_ledger_stops_a_page_whose_result_is_handled_later(night: Night) -> None:
+    event = triaged(occurred_at=NOON)
+    write_review(night, night.reviewed())
+    night.paging.on_triaged(event)
+    assert (night.states(), night.sent()) == (["acknowledged"], [0, 0, 0])
+
+
+def test_a_review_in_the_ledger_stops_the_escalation_before_its_event_arrives(night: Night) -> None:
+    night.triage()
+    night.now += timedelta(minutes=9)
+    write_review(night, night.reviewed())
+    night.after(minutes=5)
+    assert (night.states(), night.sent()) == (["acknowledged"], [1, 0, 0])
+
+
+def test_agreeing_beforehand_that_another_series_is_clear_does_not_stop_the_page(night: Night) -> None:
+    clear = night.reviewed("agree", series="1.2.3.5")
+    write_review(night, clear)
+    night.now += timedelta(minutes=1)
+    night.triage()
+    night.paging.on_reviewed(clear)
+    assert (night.states(), night.sent()) == (["sent"], [1, 0, 0])
+
+
+def test_a_review_of_an_earlier_revision_does_not_stop_the_page_of_the_next(night: Night) -> None:
+    write_review(night, night.reviewed("agree"))
+    night.now += timedelta(minutes=1)
+    night.triage(revision=2)
+    assert night.sent() == [1, 0, 0]
+
+
+def test_a_review_while_the_page_is_being_sent_is_not_overwritten(night: Night) -> None:
+    night.channels[0].during = night.review
+    night.triage()
+    (page,) = night.pages()
+    assert (page.state, page.sent_at) == ("acknowledged", NOON)
+
+
+# --- revisions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_negative_later_revision_withdraws_a_page_that_is_not_sent_yet(night: Night) -> None:
+    night.channels[0].behaviour = "unavailable"
+    night.triage()
+    night.triage("negative", revision=2)
+    assert night.states() == ["withdrawn"]
+    night.channels[0].behaviour = "accept"
+    assert night.after(hours=1) is None
+    assert night.sent() == [0, 0, 0]
+    night.triage(revision=3)
+    assert night.sent() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"disposition": "negative", "revision": 1},
+        {"disposition": "negative", "series": "1.2.3.5", "revision": 2},
+        {"disposition": "failed", "revision": 2},
+        {"disposition": "not_eligible", "revision": 2},
+    ],
+)
+def test_no_other_result_withdraws_a_page(night: Night, changes: dict[str, Any]) -> None:
+    night.channels[0].behaviour = "unavailable"
+    night.triage()
+    night.triage(**changes)
+    assert night.states() == ["due"]
+
+
+def test_a_page_that_stands_for_another_positive_series_too_is_not_withdrawn(night: Night) -> None:
+    night.channels[0].behaviour = "unavailable"
+    night.triage()
+    night.triage(series="1.2.3.5")
+    night.triage("negative", revision=2)
+    assert night.states() == ["due"]
+
+
+def test_a_page_that_was_sent_stays_and_still_escalates_after_a_negative_revision(night: Night) -> None:
+    night.triage()
+    night.triage("negative", revision=2)
+    night.after(minutes=10)
+    assert night.sent() == [1, 1, 0]
+
+
+# --- modes -----------------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    recipient = "first@hospital.example"
+
+    def send(self, message: Message) -> None:
+        raise AssertionError("something was sent in shadow mode")
+
+
+def test_shadow_mode_records_what_would_have_been_sent_and_sends_nothing(ledger: FaultyLedger) -> None:
+    night = Night(ledger, mode="shadow")
+    night.channels = [Trap() for _ in STEPS]  # type: ignore[misc]
+    night.start()
+    night.triage()
+    for _ in range(60):
+        night.after(minutes=1)
+    assert night.states() == ["escalated", "escalated", "exhausted"]
+    assert {page.mode for page in night.pages()} == {"shadow"}
+    assert night.outcomes() == ["shadow", "shadow", "shadow"]
+
+
+def test_shadow_mode_without_a_policy_still_shows_that_somebody_would_have_been_paged(ledger: FaultyLedger) -> None:
+    night = Night(ledger, mode="shadow", steps=())
+    night.triage()
+    night.after(minutes=1)
+    (page,) = night.pages()
+    assert (page.channel, page.state, page.mode) == ("none", "sent", "shadow")
+    assert "Intraparenchymal" in page.body
+    assert night.outcomes() == ["shadow"]
+
+
+def test_a_page_made_in_shadow_mode_is_never_sent_by_a_live_node(ledger: FaultyLedger) -> None:
+    night = Night(ledger, mode="shadow")
+    event = night.triage()
+    night.start(mode="live")
+    night.paging.on_triaged(event)
+    night.after(minutes=30)
+    assert night.sent() == [0, 0, 0]
+    night.triage(series="1.2.3.5")
+    assert night.sent() == [1, 0, 0]
+
+
+def test_a_page_made_live_is_not_sent_by_a_node_switched_to_shadow(night: Night) -> None:
+    night.channels[0].behaviour = "unavailable"
+    night.triage()
+    night.channels[0].behaviour = "accept"
+    night.start(mode="shadow")
+    night.after(minutes=1)
+    assert night.sent() == [0, 0, 0]
+    assert night.pages()[0].mode == "shadow"
+
+
+def test_live_mode_without_a_policy_does_not_start_and_says_how_to_write_one() -> None:
+    with pytest.raises(ConfigError, match=r"\[\[notifier\.steps\]\]"):
+        open_channels(configured(mode="live"))
+    assert open_channels(configured(mode="shadow")) == ()
+
+
+# --- crashes and clocks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["die before", "die after"])
+def test_a_crash_while_sending_leads_to_another_attempt_with_the_same_page_id(night: Night, moment: str) -> None:
+    night.channels[0].behaviour = moment
+    with pytest.raises(Killed):
+        night.triage()
+    assert night.pages()[0].attempts == 1  # marked before it was made
+    night.channels[0].behaviour = "accept"
+    night.start()
+    night.after(seconds=3)
+    assert night.states() == ["sent"]
+    assert len({message.page_id for message in night.channels[0].attempts}) == 1
+
+
+def test_a_page_sent_while_the_ledger_goes_away_is_not_sent_again_when_it_is_back(night: Night) -> None:
+    night.ledger.faults = ["ok", "ok", "refuse", "refuse"]
+    with pytest.raises(LedgerError):
+        night.triage()
+    with pytest.raises(LedgerError):
+        night.after(minutes=1)
+    night.after(minutes=1)
+    assert (night.sent(), night.states()) == ([1, 0, 0], ["sent"])
+
+
+def test_a_result_redelivered_before_its_page_could_be_recorded_does_not_page_again(night: Night) -> None:
+    night.ledger.faults = ["ok", "ok", "refuse"]
+    event = triaged(occurred_at=NOON)
+    with pytest.raises(LedgerError):
+        night.paging.on_triaged(event)
+    night.now += timedelta(minutes=1)
+    night.paging.on_triaged(event)
+    assert night.sent() == [1, 0, 0]
+    night.after(minutes=1)
+    assert night.states() == ["sent"]
+
+
+def test_a_clock_set_back_by_hours_delays_neither_a_retry_nor_an_escalation(night: Night) -> None:
+    night.channels[0].behaviour = "unavailable"
+    night.triage()
+    night.channels[0].behaviour = "accept"
+    night.after(hours=-6)
+    assert night.sent() == [1, 0, 0]
+    night.after(hours=-6)
+    assert night.sent()[1] == 1
+
+
+def test_a_result_from_a_host_whose_clock_is_ahead_is_paged_at_once(night: Night) -> None:
+    night.paging.on_triaged(triaged(occurred_at=NOON + timedelta(hours=1)))
+    assert night.sent() == [1, 0, 0]
+
+
+def test_a_step_that_was_taken_out_of_the_policy_is_passed_over(night: Night) -> None:
+    night.channels[1].behaviour = "unavailable"
+    night.triage()
+    night.after(minutes=10)
+    night.channels = night.channels[:1]
+    night.start(steps=STEPS[:1])
+    night.after(minutes=1)
+    assert night.states() == ["escalated", "exhausted"]
+    assert "no step 2 any more" in str(night.pages()[1].error)
+
+
+@given(retry_for_s=st.floats(0, 86400))
+def test_the_attempts_of_a_channel_take_as_long_as_it_is_to_be_retried(retry_for_s: float) -> None:
+    attempts = policy.attempts_allowed(retry_for_s)
+    spent_s = sum(policy.retry_pause_s(attempt) for attempt in range(1, attempts))
+    assert retry_for_s <= spent_s < retry_for_s + policy.RETRY_LONGEST_S or attempts == 1
+
+
+def test_the_clock_thread_retries_without_being_polled_and_is_woken_by_new_pages(ledger: FaultyLedger) -> None:
+    channel = FakeChannel("first@hospital.example")
+    tried, accepted = threading.Semaphore(0), threading.Event()
+
+    def during() -> None:
+        if len(channel.attempts) >= 3:
+            channel.behaviour = "accept"
+            accepted.set()
+        tried.release()
+
+    channel.behaviour, channel.during = "unavailable", during
+    config = configured(mode="live", steps=STEPS[:1])
+    paging = Paging(ledger, config, [channel], jitter=lambda low, high: 0.005)
+    stop = threading.Event()
+    clock = threading.Thread(target=paging.run, args=(stop,))
+    clock.start()
+    try:
+        paging.on_triaged(triaged())
+        assert accepted.wait(10)
+    finally:
+        stop.set()
+        paging.wake()
+        clock.join(10)
+    assert not clock.is_alive()
+    assert len(channel.accepted) == 1
+
+
+# --- anything, in any order ------------------------------------------------------------------------------------------
+
+STUDIES = ("1.2.3", "1.2.9")
+STEP_OF = {record.page_id(study, step): (study, step) for study in STUDIES for step in range(len(STEPS))}
+faults = st.sampled_from(["ok", "ok", "refuse", "refuse after", "die before", "die after"])
+
+
+class PagingUnderFire(RuleBasedStateMachine):
+    """Redelivery, crashes at any transaction and in any channel, ledger outages, clock jumps, early reviews."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = Path("/dev/shm")
+        self.folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+        self.night = Night(faulty_ledger(self.folder))
+        self.deaths = 0
+        self.handled: list[SeriesTriaged] = []
+        self.unacknowledged: list[SeriesTriaged | SeriesReviewed] = []
+        self.excused: set[str] = set()  # studies that a review or a negative revision may have stopped
+        self.answered: dict[str, Counter[tuple[str, int]]] = {}
+
+    def survive(self, action: Callable[[], object]) -> bool:
+        """Whether the action came to its end; a process that dies is started again."""
+        try:
+            action()
+        except LedgerError:
+            return False
+        except Killed:
+            self.deaths += 1
+            self.night.start()
+            return False
+        return True
+
+    def deliver(self, event: SeriesTriaged | SeriesReviewed) -> None:
+        handler: Any = (
+            self.night.paging.on_triaged if isinstance(event, SeriesTriaged) else self.night.paging.on_reviewed
+        )
+        if not self.survive(lambda: handler(event)):
+            self.unacknowledged.append(event)
+
+    def accepted(self) -> Counter[tuple[str, int]]:
+        return Counter(STEP_OF[m.page_id] for channel in self.night.channels for m in channel.accepted)
+
+    @rule(
+        study=st.sampled_from(STUDIES), series=st.sampled_from("12"), revision=st.integers(1, 2), positive=st.booleans()
+    )
+    def triage(self, study: str, series: str, revision: int, positive: bool) -> None:
+        event = triaged(
+            "positive" if positive else "negative",
+            study=study,
+            series=f"{study}.{series}",
+            revision=revision,
+            occurred_at=self.night.now,
+        )
+        if not positive:
+            self.excused.add(study)
+        self.handled.append(event)
+        self.deliver(event)
+
+    @rule(which=st.integers(0, 1000))
+    def redeliver(self, which: int) -> None:
+        if self.handled:
+            self.deliver(self.handled[which % len(self.handled)])
+
+    @rule(study=st.sampled_from(STUDIES), series=st.sampled_from("12"), early=st.booleans())
+    def review(self, study: str, series: str, early: bool) -> None:
+        event = replace(self.night.reviewed(series=f"{study}.{series}", revision=2), study_instance_uid=study)
+        self.excused.add(study)
+        self.night.ledger.faults.clear()
+        write_review(self.night, event)
+        if early:
+            return
+        self.deliver(event)
+        states = {page.state for page in self.night.pages(study)}
+        if "acknowledged" in states and not states & {"due", "sent", "exhausted"}:
+            self.answered.setdefault(study, self.accepted())
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 5.0, 40.0, 601.0, 1300.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.survive(lambda: self.night.after(seconds=seconds))
+
+    @rule(hours=st.sampled_from([-9, -1, 1, 9]))
+    def clock_jumps(self, hours: int) -> None:
+        self.survive(lambda: self.night.after(hours=hours))
+
+    @rule(
+        step=st.integers(0, len(STEPS) - 1),
+        behaviour=st.sampled_from(["accept", "accept", "unavailable", "refuse", "break", "die before", "die after"]),
+    )
+    def channel_changes(self, step: int, behaviour: str) -> None:
+        self.night.channels[step].behaviour = behaviour
+
+    @rule(faults=st.lists(faults, max_size=5))
+    def ledger_fails(self, faults: list[str]) -> None:
+        self.night.ledger.faults = faults
+
+    @rule()
+    def dies(self) -> None:
+        self.deaths += 1
+        self.night.start()
+
+    @invariant()
+    def nobody_is_paged_twice_for_a_study_and_step_unless_the_process_died(self) -> None:
+        assert all(count <= 1 + self.deaths for count in self.accepted().values())
+
+    @invariant()
+    def what_the_ledger_calls_sent_was_accepted(self) -> None:
+        accepted = self.accepted()
+        for study in STUDIES:
+            for page in self.night.pages(study):
+                assert page.sent_at is None or accepted[study, page.step]
+
+    @invariant()
+    def nothing_is_sent_for_a_study_after_it_was_answered(self) -> None:
+        for study, then in self.answered.items():
+            now = self.accepted()
+            assert {k: v for k, v in now.items() if k[0] == study} == {k: v for k, v in then.items() if k[0] == study}
+
+    def teardown(self) -> None:
+        try:
+            self.night.ledger.faults.clear()
+            for channel in self.night.channels:
+                channel.behaviour = "accept"
+            for event in tuple(self.unacknowledged):
+                self.deliver(event)
+            for _ in range(200):
+                if self.night.after(seconds=30) is None:
+                    break
+            for study in STUDIES:
+                assert not {page.state for page in self.night.pages(study)} & {"due", "sent"}
+            attempted = {STEP_OF[m.page_id][0] for channel in self.night.channels for m in channel.attempts}
+            positive = {event.study_instance_uid for event in self.handled if event.disposition == "positive"}
+            assert positive - self.excused <= attempted
+        finally:
+            self.night.ledger.close()
+            shutil.rmtree(self.folder)
+
+
+TestPagingUnderFire = PagingUnderFire.TestCase
+TestPagingUnderFire.settings = settings(
+    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)

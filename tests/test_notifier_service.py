@@ -1,0 +1,197 @@
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from notifier_fakes import HttpServer, Mailbox, configured, free_port, smtp_server, triaged
+from sqlalchemy import select
+
+from herald.bus import open_bus
+from herald.config import BusConfig, Config, LedgerConfig, PagingStep
+from herald.errors import ConfigError
+from herald.events import Event, SeriesReviewed, utc_now
+from herald.ledger import deliveries, open_ledger, pages
+from notifier.service import PAGING_GROUP, POSTING_GROUP, serve
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    base = configured(
+        mode="live",
+        steps=(PagingStep(to="first@hospital.example"),),
+        smtp_port=free_port(),
+        webui_url=f"http://127.0.0.1:{free_port()}",
+    )
+    return replace(
+        base,
+        bus=BusConfig(url=f"sqlite:///{tmp_path / 'bus.sqlite'}", retry_first_s=0.05),
+        ledger=LedgerConfig(url=f"sqlite:///{tmp_path / 'ledger.sqlite'}"),
+    )
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[None]:
+    stop = threading.Event()
+    thread = threading.Thread(target=serve, args=(config, stop))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def publish(config: Config, event: Event) -> None:
+    bus = open_bus(config.bus)
+    bus.publish(event)
+    bus.close()
+
+
+def rows(config: Config, statement: Any) -> list[Any]:
+    ledger = open_ledger(config.ledger)
+    try:
+        with ledger.read() as connection:
+            return list(connection.execute(statement))
+    finally:
+        ledger.close()
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 15.0) -> None:
+    """Another process writes the ledger, and nothing tells this one: look until it holds."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to hold"
+        time.sleep(0.02)
+
+
+def state(config: Config) -> str | None:
+    found = rows(config, select(pages.c.state))
+    return found[0].state if found else None
+
+
+def test_a_page_goes_out_while_the_web_ui_is_down_and_the_result_is_posted_when_it_is_back(config: Config) -> None:
+    mailbox = Mailbox()
+    event = triaged(occurred_at=utc_now())
+    with smtp_server(mailbox, config.notifier.smtp_port), serving(config):
+        publish(config, event)
+        assert mailbox.arrived.wait(5)
+        webui_outcomes = select(deliveries.c.outcome).where(deliveries.c.channel == "webui")
+        eventually(lambda: [row.outcome for row in rows(config, webui_outcomes)] == ["unavailable"])
+        webui = HttpServer(int(config.notifier.webui_url.rpartition(":")[2]))
+        try:
+            assert webui.arrived.wait(15)
+        finally:
+            webui.close()
+        eventually(lambda: [row.outcome for row in rows(config, webui_outcomes)] == ["unavailable", "sent"])
+        eventually(lambda: state(config) == "sent")
+        review = SeriesReviewed(
+            study_instance_uid=event.study_instance_uid,
+            series_instance_uid=event.series_instance_uid,
+            revision=1,
+            review_id="r1",
+            action="agree",
+            reader="dr-night",
+        )
+        publish(config, review)
+        eventually(lambda: state(config) == "acknowledged")
+    assert len(mailbox.emails) == 1
+    bus = open_bus(config.bus)
+    assert bus.backlog(PAGING_GROUP, "results") == bus.backlog(POSTING_GROUP, "results") == 0
+    bus.close()
+
+
+class StuckMailbox(Mailbox):
+    """Takes the message and never says whether it was accepted, the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = threading.Event()
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: N802
+        if not self.reached.is_set():
+            self.reached.set()
+            await asyncio.sleep(60)
+        return await super().handle_DATA(server, session, envelope)
+
+
+PROCESS = """
+import sys, threading
+from pathlib import Path
+from herald.config import load_config
+from notifier.service import serve
+serve(load_config(Path(sys.argv[1]), {}), threading.Event())
+"""
+
+
+@contextmanager
+def process(toml: Path) -> Iterator[subprocess.Popen[bytes]]:
+    started = subprocess.Popen([sys.executable, "-c", PROCESS, str(toml)], cwd=ROOT)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait(10)
+
+
+def test_a_notifier_killed_while_it_sends_sends_the_page_when_it_is_started_again(
+    config: Config, tmp_path: Path
+) -> None:
+    toml = tmp_path / "herald.toml"
+    toml.write_text(
+        f"""
+[node]
+data_dir = "{tmp_path}"
+[notifier]
+mode = "live"
+smtp_port = {config.notifier.smtp_port}
+webui_url = "{config.notifier.webui_url}"
+[[notifier.steps]]
+to = "first@hospital.example"
+[webui]
+token = "token-for-tests"
+secret_key = "key-for-tests"
+"""
+    )
+    publish(config, triaged(occurred_at=utc_now()))
+    mailbox = StuckMailbox()
+    with smtp_server(mailbox, config.notifier.smtp_port):
+        with process(toml) as first:
+            assert mailbox.reached.wait(20)
+            first.kill()
+            assert first.wait(10) == -9
+        assert (state(config), mailbox.emails) == ("due", [])
+        with process(toml):
+            assert mailbox.arrived.wait(20)
+            eventually(lambda: state(config) == "sent")
+    assert len(mailbox.emails) == 1
+    (page,) = rows(config, select(pages))
+    assert page.attempts == 2
+    assert mailbox.emails[0]["Message-ID"] == f"<{page.page_id}@localhost>"
+
+
+def test_without_secrets_the_notifier_does_not_start(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"webui\.secret_key"):
+        serve(replace(config, webui=replace(config.webui, secret_key="")), threading.Event())
+    with pytest.raises(ConfigError, match=r"webui\.token"):
+        serve(replace(config, webui=replace(config.webui, token="")), threading.Event())
+
+
+def test_a_thread_that_dies_ends_the_notifier_with_its_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_self: object) -> None:
+        raise RuntimeError("a bug in the paging clock")
+
+    monkeypatch.setattr("notifier.paging.Paging.tick", broken)
+    stop = threading.Event()
+    with pytest.raises(RuntimeError, match="a bug in the paging clock"):
+        serve(config, stop)
+    assert stop.is_set()
