@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from herald.signatures import FINDINGS
 from herald.volume import Volume
 from serving.dicom_writer import Origin, seeded_uid, write_dicom_series
-from serving.phantom.anatomy import HEAD_ORIGIN, Subject, head
+from serving.phantom.anatomy import HEAD_ORIGIN, Float, Subject, head, plastic_skull
 from serving.phantom.bodies import body
 from serving.phantom.haemorrhage import KINDS, bleed
 from serving.phantom.scanner import Acquisition, plane_axes, scan
@@ -62,8 +62,9 @@ def simulate(
 ) -> SimulatedSeries:
     """Simulate one series, the same for the same arguments; what is not asked for is drawn at random from `seed`.
 
-    `region` head or one of OTHER_REGIONS; `contrast` non_contrast, arterial, venous or delayed; `findings` maps
-    kinds of bleed (iph, ivh, sah, sdh, edh) to target volumes in ml; further keywords are fields of `Acquisition`.
+    `region` head, skull (of plastic) or one of OTHER_REGIONS; `contrast` non_contrast, arterial, venous or delayed;
+    `findings` maps kinds of bleed (iph, ivh, sah, sdh, edh) to target volumes in ml; further keywords are fields of
+    `Acquisition`. Raises ValueError for an unknown kind of bleed.
     """
     rng = np.random.default_rng(seed)
     subject = make_subject(rng, region=region, contrast=contrast, findings=findings)
@@ -79,13 +80,19 @@ def make_subject(
     findings: Mapping[str, float] | None = None,
 ) -> Subject:
     """Compose something to scan; about a second. Several series may be acquired of one subject."""
-    if region != "head":
+    if region in OTHER_REGIONS:
         return body(rng, region, contrast)
+    if region == "skull":
+        return _head_subject(plastic_skull(rng), None, "non_contrast")
     unknown = set(findings or {}) - set(KINDS)
     if unknown:
         raise ValueError(f"unknown kinds of bleed {sorted(unknown)}; known are {', '.join(KINDS)}")
     hounsfield, fluid = head(rng, contrast)
     truth = bleed(rng, hounsfield, fluid, findings) if findings else None
+    return _head_subject(hounsfield, truth, contrast)
+
+
+def _head_subject(hounsfield: Float, truth: NDArray[np.uint8] | None, contrast: str) -> Subject:
     return Subject(
         hounsfield=np.clip(np.rint(hounsfield), -1024, 3071).astype(np.int16),
         truth=truth,
@@ -168,7 +175,7 @@ def acquire(
     corners = np.asarray(acquisition.centre_mm) + along[:, None] * normal + corner * (down + right)
     volume = Volume(
         hounsfield=np.rint(image).astype(np.int16),
-        positions_mm=along + float(np.dot(acquisition.centre_mm, normal)),
+        positions_mm=np.asarray(along + np.dot(acquisition.centre_mm, normal), dtype=np.float64),
         pixel_spacing_mm=(pixel, pixel),
         orientation=acquisition.orientation,
         gantry_tilt_deg=acquisition.tilt_deg,

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from nilearn.datasets import load_mni152_brain_mask, load_mni152_gm_template, load_mni152_wm_template
+from nilearn.datasets import (  # type: ignore[import-untyped]
+    load_mni152_brain_mask,
+    load_mni152_gm_template,
+    load_mni152_wm_template,
+)
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -307,6 +311,21 @@ def _enhancement(rng: np.random.Generator, a: Atlas, contrast: str, hounsfield: 
     return rise
 
 
+def plastic_skull(rng: np.random.Generator) -> Float:
+    """A dry or cast skull with blocks inside and air for everything else, as used in quality assurance."""
+    a = atlas()
+    coarse, fine = turned(rng, a.coarse), turned(rng, a.fine)
+    out = _face(rng, a, coarse, fine)
+    _skull(rng, a, out, coarse, fine)
+    cast = rng.uniform(500, 1000)
+    out[:] = np.where(out > 250, np.float32(cast), np.float32(AIR))
+    out[:60] = AIR
+    for _ in range(int(rng.integers(1, 6))):
+        size = rng.uniform(5, 28, 3)
+        paint(out, (rng.uniform(-20, 60), rng.uniform(-40, 70), rng.uniform(-45, 45)), size, rng.uniform(-100, 300))
+    return out
+
+
 Box = tuple[slice, slice, slice]
 
 
@@ -371,11 +390,10 @@ def _skull(rng: np.random.Generator, a: Atlas, hounsfield: Float, coarse: Float,
             box, inside = ellipsoid((-52, 32, side * 57.0), (size * 1.1, size, size * 0.8))
             cells = inside & (fine[box] > rng.uniform(-0.4, 0.3)) & (a.depth[box] > 1)
             hounsfield[box][cells] = rng.uniform(-900, -400)
-    frontal = np.zeros(HEAD_SHAPE, bool)
-    zs, ys, xs, shell_s, depth_s, outer_s, frontal_s = _slab(-15, 28, shell, a.depth, a.outer, frontal)
-    frontal_s[:] = shell_s & (depth_s > 1) & (outer_s < base) & (np.abs(xs) < rng.uniform(5, 28)) & (np.abs(xs) > 1)
-    frontal_s &= (ys < -60) & (zs < rng.uniform(-5, 28))
-    hounsfield[frontal] = AIR
+    zs, ys, xs, depth_s, outer_s, hounsfield_s = _slab(-15, 28, a.depth, a.outer, hounsfield)
+    frontal = (depth_s > 1) & (outer_s < base) & (np.abs(xs) < rng.uniform(5, 28)) & (np.abs(xs) > 1)
+    frontal &= (ys < -60) & (zs < rng.uniform(-5, 28)) & (hounsfield_s > 300)
+    hounsfield_s[frontal] = AIR  # frontal sinuses
     return a.petrous & (a.depth <= 0)
 
 

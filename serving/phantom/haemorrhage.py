@@ -93,7 +93,8 @@ def _iph(rng: np.random.Generator, fluid: Float, volume_ml: float, kind: str) ->
 def _distance(centre: NDArray[np.float64], radii: NDArray[np.float64]) -> Float:
     z, y, x = axes()
     squared = ((z - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 + ((x - centre[2]) / radii[2]) ** 2
-    return np.sqrt(squared).astype(np.float32)
+    distance: Float = np.sqrt(squared).astype(np.float32)
+    return distance
 
 
 def _ivh(rng: np.random.Generator, fluid: Float, volume_ml: float, kind: str) -> tuple[Bool, Bool | None]:

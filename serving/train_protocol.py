@@ -1,0 +1,570 @@
+"""Train and evaluate the protocol model: `python -m serving.train protocol [--evaluate]`.
+
+Samples are drawn anew for every step, from its number and the seed alone: simulated series, and real heads that are
+turned, cropped, sharpened to bone kernels and given contrast medium. The real DICOM series are for evaluation only.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from scipy import ndimage
+
+from herald.signatures import HEADS, IN_PLANE, PROTOCOL_SLICES
+from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, protocol_batch, read_datasets, volume_from_datasets
+from serving import readers
+from serving.phantom import (
+    CONTRAST_PHASES,
+    OTHER_REGIONS,
+    acquire,
+    draw_acquisition,
+    draw_findings,
+    make_subject,
+    simulate,
+)
+from serving.phantom.anatomy import HEAD_ORIGIN, HEAD_SHAPE, Float, Subject, atlas
+from serving.phantom.scanner import Acquisition, develop
+
+# --- hyperparameters, each with its reason ---------------------------------------------------------------------------
+
+SEED = 2026
+STEPS = 900  # about twelve minutes on two shared cores; the validation loss is flat by then
+BATCH = 8  # large enough for batch normalisation, small enough for memory and many steps
+LEARNING_RATE = 2e-3  # Adam, falling along a cosine to a hundredth: the usual for a small network from scratch
+WEIGHT_DECAY = 1e-4
+LABEL_SMOOTHING = 0.02  # keeps the softmaxes from certainty on what the simulation makes too easy
+HEAD_SUBJECTS, SERIES_PER_HEAD = 28, 14  # composing a head costs two seconds, scanning it a tenth
+SKULL_SUBJECTS, SERIES_PER_SKULL = 2, 8  # plastic skulls, which quality assurance sends
+OTHER_SUBJECTS, SERIES_PER_OTHER = 26, 7
+CRANIUM_VARIANTS, SERIES_PER_CRANIUM = 4, 12  # one real thin-slice head, so many warps of it
+SERIES_PER_PATIENT = {"ct-ich": 8, "phe-sich": 2}  # PHE-SICH has lost what lies outside the brain window: fewer
+WORKERS = 2  # cores
+HELD_OUT_SUBJECTS = 40  # simulated, for evaluation
+SHARES = {"head": 0.36, "other": 0.17, "skull": 0.03, "cranium": 0.10, "ct-ich": 0.27, "phe-sich": 0.07}
+HELD_OUT_EVERY = 3  # every third patient of the real sets is kept from training
+
+DATA = Path(os.environ.get("HERALD_DATA", "../shared/data"))
+CACHE = Path(".work/protocol")
+WEIGHTS = Path(__file__).parent / "weights" / "protocol.weights.h5"
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Eight slices before kernel and noise, (8, 256, 256), with what is known of them; None is not known."""
+
+    image: NDArray[np.int16]
+    contrast: str | None
+    orientation: str
+    region: str
+    pixel_mm: float
+    thickness_mm: float
+    real: bool = False
+
+    def labels(self, kernel: str) -> dict[str, str | None]:
+        """The label of each head."""
+        contrast = self.contrast if self.region == "head" else None  # of no interest in a body
+        return {"contrast": contrast, "orientation": self.orientation, "kernel": kernel, "region": self.region}
+
+
+# --- clean series, drawn once ----------------------------------------------------------------------------------------
+
+
+def prepare(cache: Path = CACHE, data: Path = DATA) -> dict[str, list[Sample]]:
+    """Clean training series by kind; drawn on the first call (some ten minutes), then read from `cache`."""
+    plan: dict[str, tuple[int, Callable[[int], list[Sample]]]] = {
+        "head": (HEAD_SUBJECTS, lambda i: _simulated_series("head", i, SERIES_PER_HEAD, _draw_head)),
+        "other": (OTHER_SUBJECTS, lambda i: _simulated_series("other", i, SERIES_PER_OTHER, _draw_other)),
+        "skull": (SKULL_SUBJECTS, lambda i: _simulated_series("skull", i, SERIES_PER_SKULL, _draw_skull)),
+    }
+    if (data / "volumes" / "cranium.nii.gz").exists():
+        cranium = read_cranium(data / "volumes" / "cranium.nii.gz")
+        draw = partial(_draw_cranium, cranium)
+        plan["cranium"] = (CRANIUM_VARIANTS, lambda i: _simulated_series("cranium", i, SERIES_PER_CRANIUM, draw))
+    for source, series in SERIES_PER_PATIENT.items():
+        if names := patients_of(data, source, held_out=False):
+            plan[source] = (len(names), partial(_real_series, data, source, names, series))
+    cache.mkdir(parents=True, exist_ok=True)
+    return {kind: _pool(cache, kind, count, draw) for kind, (count, draw) in plan.items()}
+
+
+_draw: Callable[[int], list[Sample]]  # of the pool being made; workers are forked, so that they inherit it
+
+
+def _pool(cache: Path, kind: str, count: int, draw: Callable[[int], list[Sample]]) -> list[Sample]:
+    index, pixels = cache / f"{kind}.json", cache / f"{kind}.npy"
+    if not index.exists():
+        global _draw
+        _draw = draw
+        atlas()  # built before the fork, shared after it
+        samples = []
+        with progress_bar() as bar, get_context("fork").Pool(WORKERS) as workers:
+            for some in bar.track(workers.imap(_run_draw, range(count)), total=count, description=f"drawing {kind}"):
+                samples += some
+        np.save(pixels, np.stack([sample.image for sample in samples]))
+        facts = [{k: v for k, v in vars(sample).items() if k != "image"} for sample in samples]
+        index.write_text(json.dumps(facts), encoding="utf-8")
+    stored = np.load(pixels, mmap_mode="r")
+    return [Sample(image, **fact) for image, fact in zip(stored, json.loads(index.read_text()), strict=True)]
+
+
+def _run_draw(i: int) -> list[Sample]:
+    return _draw(i)
+
+
+def _simulated_series(
+    kind: str, i: int, series: int, draw: Callable[[np.random.Generator, int], Subject]
+) -> list[Sample]:
+    """Some series of the i-th subject of a kind."""
+    rng = np.random.default_rng((SEED, list(SHARES).index(kind), i))
+    subject = replace(draw(rng, i), truth=None)
+    return [_clean(rng, subject, kind) for _ in range(series)]
+
+
+def _real_series(data: Path, source: str, names: Sequence[str], series: int, i: int) -> list[Sample]:
+    """Some series drawn from the i-th patient of a real set."""
+    rng = np.random.default_rng((SEED, list(SHARES).index(source), i))
+    patient = read_patient(data, source, names[i])
+    return [draw_real(patient, rng) for _ in range(series)]
+
+
+def _draw_skull(rng: np.random.Generator, i: int) -> Subject:
+    return make_subject(rng, region="skull")
+
+
+def _draw_head(rng: np.random.Generator, i: int) -> Subject:
+    if i % 2:
+        return make_subject(rng, contrast=str(rng.choice(CONTRAST_PHASES, p=[0.45, 0.25, 0.3])))
+    return make_subject(rng, findings=draw_findings(rng) if i % 4 else None)
+
+
+def _draw_other(rng: np.random.Generator, i: int) -> Subject:
+    region = str(rng.choice(OTHER_REGIONS, p=[0.5, 0.2, 0.18, 0.12]))
+    return make_subject(rng, region=region, contrast=str(rng.choice(["non_contrast", "venous"])))
+
+
+def _draw_cranium(cranium: Subject, rng: np.random.Generator, i: int) -> Subject:
+    if i % 2 == 0:
+        return cranium
+    hounsfield = cranium.hounsfield.astype(np.float32)
+    hounsfield += iodine(rng, hounsfield, atlas().arteries, atlas().veins, atlas().depth < 0)
+    return replace(cranium, hounsfield=np.clip(hounsfield, -1024, 3071).astype(np.int16), contrast="contrast")
+
+
+def _clean(rng: np.random.Generator, subject: Subject, kind: str) -> Sample:
+    """Scan without kernel and noise, which every later use draws anew."""
+    orientation = str(rng.choice(["axial", "coronal", "sagittal"], p=[0.5, 0.25, 0.25]))
+    drawn = draw_acquisition(rng, subject, orientation=orientation, slices=PROTOCOL_SLICES, matrix=IN_PLANE)
+    drawn = replace(drawn, warp_mm=drawn.warp_mm + (2 if subject.region == "head" else 4), circle=False)
+    image = acquire(subject, drawn, rng, noisy=False).volume.hounsfield
+    return Sample(
+        image=image,
+        contrast=subject.contrast if kind != "skull" else None,
+        orientation=orientation,
+        region=subject.region,
+        pixel_mm=drawn.field_mm / IN_PLANE,
+        thickness_mm=drawn.thickness_mm,
+    )
+
+
+# --- real heads ------------------------------------------------------------------------------------------------------
+
+
+def read_cranium(path: Path) -> Subject:
+    """The thin-slice head of Debian's invesalius-examples on the head grid of the atlas, roughly aligned to it."""
+    from nibabel.nifti1 import Nifti1Image
+
+    image = Nifti1Image.from_filename(path)
+    zyx = np.asarray(image.dataobj).astype(np.int16).transpose(2, 1, 0)[:, ::-1]  # stored with y towards the face
+    dx, dy, dz = (float(v) for v in image.header.get_zooms())  # type: ignore[no-untyped-call]
+    fit = fit_to_atlas(zyx, dz)
+    scale = np.array([1 / dz, 1 / dy, 1 / dx])
+    middle = np.array([(fit.top - 86.0 / dz), (fit.front + 99.0 / dy), (fit.left + fit.right) / 2])  # where mm are 0
+    matrix = np.diag(scale)
+    offset = middle + np.asarray(HEAD_ORIGIN) * scale
+    grid = ndimage.affine_transform(zyx, matrix, offset, HEAD_SHAPE, order=1, cval=AIR_HOUNSFIELD)
+    low = max(HEAD_ORIGIN[0], -middle[0] * dz)
+    return Subject(grid, None, HEAD_ORIGIN, 1.0, (float(low) + 4, 86.0), 225.0, "head", "non_contrast")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where the skull lies in a stack, in voxels: vertex slice, front and back rows, left and right columns."""
+
+    top: float
+    front: float
+    back: float
+    left: float
+    right: float
+
+
+def fit_to_atlas(stack: NDArray[np.int16], spacing_mm: float) -> Fit:
+    """Bounding box of the skull over the upper head, good to about a centimetre: enough to place vessels."""
+    bone = ndimage.binary_opening(stack[:, ::3, ::3] > 250, structure=np.ones((1, 2, 2), bool))
+    filled = bone.sum(axis=(1, 2))
+    top = int(np.flatnonzero(filled > 0.15 * filled.max())[-1])
+    upper = bone[max(0, top - int(75 / spacing_mm)) : max(1, top - int(20 / spacing_mm))]
+    rows, columns = np.flatnonzero(upper.any((0, 2))) * 3.0, np.flatnonzero(upper.any((0, 1))) * 3.0
+    ends = [float(np.percentile(v, q)) for v in (rows, columns) for q in (2, 98)]
+    return Fit(float(top), *ends)
+
+
+def iodine(
+    rng: np.random.Generator, hounsfield: Float, arteries: Float, veins: Float, brain: NDArray[np.bool_]
+) -> Float:
+    """What contrast medium adds to a real head, from filling fractions of the atlas' vessels on the same grid."""
+    phase = str(rng.choice(CONTRAST_PHASES, p=[0.45, 0.25, 0.3]))
+    arterial, venous, tissue = (
+        rng.uniform(*span)
+        for span in {
+            "arterial": ((150, 450), (10, 150), (1, 4)),
+            "venous": ((80, 200), (110, 260), (3, 7)),
+            "delayed": ((45, 110), (60, 130), (3, 8)),
+        }[phase]
+    )
+    soft = (hounsfield > -40) & (hounsfield < 120)
+    rise = np.where(brain, tissue, 3 * tissue).astype(np.float32)
+    np.maximum(rise, arteries * np.float32(arterial), out=rise)
+    np.maximum(rise, veins * np.float32(venous), out=rise)
+    result: Float = np.where(soft, rise, 0)
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Patient:
+    """A real stack of axial slices of a head without contrast: (D, H, W) and its fit to the atlas."""
+
+    name: str
+    stack: Hounsfield
+    spacing_mm: float
+    pixel_mm: float
+
+    @cached_property
+    def fit(self) -> Fit:
+        """Where the skull lies."""
+        return fit_to_atlas(self.stack, self.spacing_mm)
+
+
+def patients_of(data: Path, source: str, held_out: bool) -> list[str]:
+    """Names of the training patients of a real set, or of those kept from training; none where the set is absent."""
+    folder, patients, _ = readers.SETS[source]
+    if not (data / folder).exists():
+        return []
+    return [name for i, name in enumerate(patients(data / folder)) if (i % HELD_OUT_EVERY == 0) == held_out]
+
+
+def read_patient(data: Path, source: str, name: str) -> Patient:
+    """One patient of a real set."""
+    folder, _, read = readers.SETS[source]
+    volume = read(data / folder, name).volume
+    return Patient(name, volume.hounsfield, volume.slice_spacing_mm, volume.pixel_spacing_mm[0])
+
+
+def draw_real(patient: Patient, rng: np.random.Generator) -> Sample:
+    """Eight slices of a real head in one of three planes: turned, cropped and moved, half of them with contrast."""
+    depth = len(patient.stack)
+    orientation = str(rng.choice(["axial", "coronal", "sagittal"], p=[0.84, 0.08, 0.08]))
+    fit = patient.fit
+    field = max(fit.back - fit.front, fit.right - fit.left) * rng.uniform(1.12, 1.6)
+    ramp = ((np.arange(IN_PLANE, dtype=np.float32) + 0.5) / IN_PLANE - 0.5) * np.float32(field)
+    down, right = np.meshgrid(ramp, ramp, indexing="ij")
+    angle = np.radians(np.clip(rng.normal(0, 9), -28, 28))
+    down, right = (
+        (np.cos(angle) * down + np.sin(angle) * right).astype(np.float32),
+        (np.cos(angle) * right - np.sin(angle) * down).astype(np.float32),
+    )
+    if rng.random() < 0.5:
+        right = -right
+    middle = np.array([(fit.front + fit.back) / 2, (fit.left + fit.right) / 2]) + rng.normal(0, 0.03 * field, 2)
+    per_slice = patient.spacing_mm / patient.pixel_mm  # in-plane pixels that one slice spans
+    index = np.empty((3, PROTOCOL_SLICES, IN_PLANE, IN_PLANE), np.float32)
+    if orientation == "axial":
+        low = 0.0 if rng.random() < 0.5 else rng.uniform(0, 0.25)
+        high = 1.0 if rng.random() < 0.6 else rng.uniform(0.75, 1)
+        chunks = int(rng.integers(1, 5))
+        picks = np.linspace(low * (depth - 1), high * (depth - 1), PROTOCOL_SLICES * chunks)
+        index[0] = picks[rng.integers(chunks) :: chunks].round()[:, None, None]
+        index[1], index[2] = middle[0] + down, middle[1] + right
+    else:
+        across = np.linspace(-0.42, 0.42, PROTOCOL_SLICES) * rng.uniform(0.6, 1)
+        height = fit.top - 75 / patient.spacing_mm + down / np.float32(per_slice) * -1
+        index[0] = height
+        span, fixed, free = (fit.back - fit.front, 1, 2) if orientation == "coronal" else (fit.right - fit.left, 2, 1)
+        centre = {1: middle[0], 2: middle[1]}
+        index[fixed] = (centre[fixed] + across * span)[:, None, None]
+        index[free] = centre[free] + right
+    image = _lookup(patient.stack, index, AIR_HOUNSFIELD)
+    contrast = "non_contrast"
+    if rng.random() < 0.42:
+        contrast = "contrast"
+        image += _painted(patient, image, index, rng)
+    return Sample(
+        image=np.rint(image).astype(np.int16),
+        contrast=contrast,
+        orientation=orientation,
+        region="head",
+        pixel_mm=float(field * patient.pixel_mm / IN_PLANE),
+        thickness_mm=patient.spacing_mm,
+        real=True,
+    )
+
+
+def _lookup(grid: NDArray[np.int16 | np.float32], index: Float, outside: float) -> Float:
+    out = np.empty(index.shape[1:], np.float32)
+    for i in range(len(out)):
+        ndimage.map_coordinates(grid, index[:, i], out[i], order=1, mode="constant", cval=outside, prefilter=False)
+    return out
+
+
+def _painted(patient: Patient, image: Float, index: Float, rng: np.random.Generator) -> Float:
+    """Contrast for the sampled planes: the atlas' vessels where the patient's skull says they should be."""
+    fit = patient.fit
+    jitter = rng.normal(0, 4, 3).astype(np.float32)
+    at = np.empty_like(index)
+    at[0] = 86 - (fit.top - index[0]) * patient.spacing_mm
+    at[1] = (index[1] - fit.front) / (fit.back - fit.front) * 194 - 82
+    at[2] = (index[2] - fit.left) / (fit.right - fit.left) * 156 - 78
+    for axis in range(3):
+        at[axis] += jitter[axis] - np.float32(HEAD_ORIGIN[axis])
+    arteries, veins = _lookup(atlas().arteries, at, 0), _lookup(atlas().veins, at, 0)
+    return iodine(rng, image, arteries, veins, _lookup(atlas().depth, at, 50) < 0)
+
+
+# --- from clean slices to training samples ---------------------------------------------------------------------------
+
+
+def finish(sample: Sample, kernel: str, rng: np.random.Generator) -> NDArray[np.int16]:
+    """Apply a kernel, its noise, and what scanners, archives and exports do to Hounsfield units."""
+    image = sample.image.astype(np.float32)
+    thickness = max(sample.thickness_mm, 0.75)
+    already = 0.6 if sample.real else 1.0  # real slices bring noise of their own
+    soft = kernel == "soft"
+    level = rng.uniform(1.2, 5.5) * already if soft else rng.uniform(14, 48)
+    image = develop(
+        image,
+        Acquisition(
+            orientation=sample.orientation,
+            kernel=kernel,
+            matrix=IN_PLANE,
+            field_mm=sample.pixel_mm * IN_PLANE,
+            thickness_mm=thickness,
+            noise=float(level * (5 / thickness) ** rng.uniform(0.25, 0.5)),
+            blur_mm=float(rng.uniform(0, 0.8)) if soft else 0.0,
+            sharpen=0.0 if soft else float(rng.uniform(0.5, 2.4)),
+            streaks=float(rng.uniform(0, 8)),
+        ),
+        rng,
+    )
+    if soft and rng.random() < 0.25:  # mild edge enhancement of ordinary head kernels
+        image += rng.uniform(0.1, 0.4) * (image - ndimage.uniform_filter(image, (0, 3, 3)))
+    inside = image > -500
+    image[inside] = image[inside] * rng.uniform(0.97, 1.03) + rng.normal(0, 2.5)
+    if rng.random() < 0.25:  # outside the reconstruction circle
+        ramp = np.linspace(-1, 1, IN_PLANE, dtype=np.float32)
+        image[:, ramp[:, None] ** 2 + ramp[None, :] ** 2 > 1] = AIR_HOUNSFIELD
+    if rng.random() < 0.12:  # 8-bit exports and clipped archives
+        image = np.clip(image, *((-20, 100), (-1000, 1000), (0, 3071), (-200, 2000), (-20, 100))[rng.integers(5)])
+        if rng.random() < 0.5:
+            image[image <= -19] = AIR_HOUNSFIELD
+    image = np.clip(np.rint(image), AIR_HOUNSFIELD, rng.choice([3071, 3071, 8000]))
+    if rng.random() < 0.5:
+        image = image[:, :, ::-1]
+    if sample.orientation != "axial" and rng.random() < 0.5:  # reformats come in either order
+        image = image[::-1]
+    return np.ascontiguousarray(image).astype(np.int16)
+
+
+class Source:
+    """All training series; `batch(i)` draws the batch of step i from the seed and i alone."""
+
+    def __init__(self, pools: Mapping[str, Sequence[Sample]]) -> None:
+        self.pools = pools
+        self.kinds = [kind for kind in SHARES if pools.get(kind)]
+        shares = np.array([SHARES[kind] for kind in self.kinds])
+        self.shares = shares / shares.sum()
+
+    def sample(self, rng: np.random.Generator) -> tuple[NDArray[np.int16], dict[str, str | None]]:
+        """One training sample: eight slices and the label of each head, None where undefined."""
+        pool = self.pools[str(rng.choice(self.kinds, p=self.shares))]
+        drawn = pool[int(rng.integers(len(pool)))]
+        kernel = "bone" if rng.random() < 0.42 else "soft"
+        return finish(drawn, kernel, rng), drawn.labels(kernel)
+
+    def batch(
+        self, step: int
+    ) -> tuple[NDArray[np.int16], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+        """Volumes (B, 8, 256, 256), one-hot labels and weights by head; weight 0 where a label is undefined."""
+        drawn = [self.sample(np.random.default_rng((SEED, 99, step, k))) for k in range(BATCH)]
+        targets = {head: np.zeros((BATCH, len(labels)), np.float32) for head, labels in HEADS.items()}
+        weights = {head: np.zeros(BATCH, np.float32) for head in HEADS}
+        for row, (_, known) in enumerate(drawn):
+            for head, label in known.items():
+                if label is not None:
+                    targets[head][row, HEADS[head].index(label)] = 1
+                    weights[head][row] = 1
+        return np.stack([volume for volume, _ in drawn]), targets, weights
+
+
+def train(source: Source, weights: Path, steps: int) -> None:
+    """Train from scratch for `steps` batches and save the weights."""
+    import keras  # type: ignore[import-untyped]
+    import tensorflow as tf  # type: ignore[import-untyped]
+
+    from serving.protocol import build
+
+    tf.config.threading.set_intra_op_parallelism_threads(2)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    keras.utils.set_random_seed(SEED)
+    model = build()
+    rate = keras.optimizers.schedules.CosineDecay(
+        LEARNING_RATE / 10, steps - steps // 20, 0.01, warmup_target=LEARNING_RATE, warmup_steps=steps // 20
+    )
+    model.compile(
+        optimizer=keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY, clipnorm=1.0),
+        loss={head: keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING) for head in HEADS},
+        weighted_metrics={head: [keras.metrics.CategoricalAccuracy(name="accuracy")] for head in HEADS},
+    )
+
+    class Steps(keras.utils.PyDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return steps
+
+        def __getitem__(
+            self, step: int
+        ) -> tuple[NDArray[np.int16], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+            return source.batch(step)
+
+    model.fit(Steps(workers=1, max_queue_size=6), epochs=1, shuffle=False, verbose=1)
+    bare = build()  # without the optimizer's variables
+    bare.set_weights(model.get_weights())
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    bare.save_weights(weights)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+HEAD_SCAN = {"contrast": "non_contrast", "orientation": "axial", "kernel": "soft", "region": "head"}
+DICOM_SERIES: Mapping[str, Mapping[str, str]] = {
+    "ge-head": HEAD_SCAN,
+    "philips-phantom/soft-5mm": {"orientation": "axial", "kernel": "soft", "region": "head"},
+    "philips-phantom/bone-1mm": {"orientation": "axial", "kernel": "bone", "region": "head"},
+    "lidc-body": {"orientation": "axial", "region": "other"},
+}
+Predict = Callable[[NDArray[np.int16]], Mapping[str, NDArray[np.float32]]]
+
+
+def predictor(weights: Path) -> Predict:
+    """The trained model as a function of int16 (B, 8, 256, 256), mean over the chunks of one series."""
+    from serving.protocol import load
+
+    model = load(weights)
+    return lambda batch: {h: np.asarray(p).mean(axis=0) for h, p in model.predict_on_batch(batch).items()}
+
+
+def evaluation_sets(data: Path) -> Iterator[tuple[str, str, Volume, Mapping[str, str]]]:
+    """(set, name, volume, labels) of everything to evaluate on, labels only where they are known."""
+    for name, labels in DICOM_SERIES.items():
+        files = sorted((data / name).glob("*.dcm"))
+        if files:
+            yield "DICOM series", name, volume_from_datasets(read_datasets(files)), labels
+    for source in readers.SETS:
+        for held_out in (True, False):
+            for name in patients_of(data, source, held_out):
+                patient = read_patient(data, source, name)
+                positions = np.arange(len(patient.stack)) * np.float64(patient.spacing_mm)
+                volume = Volume(patient.stack, positions, (patient.pixel_mm, patient.pixel_mm))
+                yield f"{source}, {'held out' if held_out else 'trained on'}", patient.name, volume, HEAD_SCAN
+    for i in range(HELD_OUT_SUBJECTS):
+        yield "simulated, held out", str(i), *_simulated(i)
+
+
+def _simulated(i: int) -> tuple[Volume, Mapping[str, str]]:
+    """The i-th simulated series for evaluation, from seeds that training never uses."""
+    rng = np.random.default_rng((SEED, 12345, i))
+    region = "head" if i % 4 else str(rng.choice(OTHER_REGIONS))
+    series = simulate(
+        10_000_000 + i,
+        region=region,
+        contrast=str(rng.choice(["non_contrast", str(rng.choice(CONTRAST_PHASES))])),
+        orientation=("axial", "axial", "coronal", "sagittal")[(i // 4) % 4],
+        kernel=("soft", "bone")[i % 2],
+        slices=24,
+        matrix=512,
+    )
+    labels = dict(series.labels)
+    if region != "head":
+        labels.pop("contrast")
+    return series.volume, labels
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, square = successes / n, z * z
+    middle = (p + square / (2 * n)) / (1 + square / n)
+    half = z * np.sqrt(p * (1 - p) / n + square / (4 * n * n)) / (1 + square / n)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def evaluate(predict: Predict, data: Path, console: Console) -> None:
+    """Print one table: right decisions per set and head with Wilson intervals; then every DICOM series and error."""
+    right: dict[str, dict[str, list[float]]] = {}
+    details = Table("series", *HEADS, title="every DICOM series, and every wrong decision elsewhere")
+    for group, name, volume, labels in evaluation_sets(data):
+        answer = predict(protocol_batch(volume))
+        row, wrong = [], False
+        for head, classes in HEADS.items():
+            best = int(np.argmax(answer[head]))
+            row.append(f"{classes[best]} {answer[head][best]:.2f}")
+            if head in labels:
+                hit = classes[best] == labels[head]
+                wrong |= not hit
+                sure = float(answer[head][classes.index(labels[head])])
+                right.setdefault(group, {}).setdefault(head, []).append(sure if hit else -sure)
+                row[-1] += "" if hit else f"  WRONG: {labels[head]}"
+        if wrong or group == "DICOM series":
+            details.add_row(f"{group}: {name}", *row)
+    table = Table("set", "head", "right", "95 % Wilson interval", "above 0.75", title="decisions of the protocol model")
+    for group, heads in right.items():
+        for head, outcomes in heads.items():
+            k, n = sum(v > 0 for v in outcomes), len(outcomes)
+            low, high = wilson(k, n)
+            table.add_row(group, head, f"{k}/{n}", f"{low:.3f} to {high:.3f}", f"{sum(v > 0.75 for v in outcomes)}/{n}")
+    console.print(details)
+    console.print(table)
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train the protocol model, or evaluate its weights."""
+    parser = argparse.ArgumentParser(prog="python -m serving.train protocol", description=__doc__)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the real data sets")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the simulated series")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights to write or to evaluate")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    parser.add_argument("--prepare", action="store_true", help="only simulate the training series")
+    parser.add_argument("--evaluate", action="store_true", help="only evaluate")
+    options = parser.parse_args(argv)
+    console = Console(width=140)
+    if not options.evaluate:
+        pools = prepare(options.cache, options.data)
+        if options.prepare:
+            return 0
+        train(Source(pools), options.weights, options.steps)
+    evaluate(predictor(options.weights), options.data, console)
+    return 0

@@ -1,0 +1,138 @@
+"""The simulation: truth that fits its pixels, labels that fit its headers, and the same from the same seed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import dcmread
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from herald.signatures import FINDINGS, HEADS
+from herald.volume import Volume, read_datasets, volume_from_datasets
+from serving.dicom_writer import Origin, write_dicom_series
+from serving.phantom import (
+    OTHER_REGIONS,
+    SimulatedSeries,
+    acquire,
+    draw_acquisition,
+    make_subject,
+    simulate,
+    write_phantoms,
+)
+
+
+@pytest.fixture(scope="module")
+def bleeding() -> SimulatedSeries:
+    return simulate(3, findings={"iph": 25.0, "sdh": 20.0}, slices=24, matrix=128, noise=2.0, tilt_deg=0.0)
+
+
+def test_the_same_seed_gives_the_same_series_and_another_seed_another() -> None:
+    first, again, other = (simulate(seed, slices=8, matrix=64) for seed in (5, 5, 6))
+    assert np.array_equal(first.volume.hounsfield, again.volume.hounsfield)
+    assert not np.array_equal(first.volume.hounsfield, other.volume.hounsfield)
+
+
+def test_truth_marks_blood_that_is_brighter_than_brain(bleeding: SimulatedSeries) -> None:
+    inside = bleeding.volume.hounsfield[bleeding.truth[..., FINDINGS.index("iph")]]
+    assert 50 < np.median(inside) < 85
+    assert np.array_equal(bleeding.truth[..., 0], bleeding.truth[..., 1:].any(-1))
+    assert not bleeding.truth[..., FINDINGS.index("ivh")].any()
+
+
+def test_a_bleed_has_about_the_volume_asked_for(bleeding: SimulatedSeries) -> None:
+    # the head is scaled by up to 10 percent a side, so its volumes by up to about 30 percent
+    assert bleeding.volumes_ml["iph"] == pytest.approx(25, rel=0.4)
+    assert bleeding.volumes_ml["edh_sdh"] == pytest.approx(20, rel=0.5)
+
+
+@pytest.mark.parametrize("kind", ["ivh", "sah", "edh"])
+def test_every_kind_of_bleed_fills_its_own_channel(kind: str) -> None:
+    series = simulate(1, findings={kind: 12.0}, slices=20, matrix=96)
+    marked = {name for c, name in enumerate(FINDINGS) if series.truth[..., c].any()}
+    assert marked == {"any", "edh_sdh" if kind == "edh" else kind}
+
+
+def test_an_unknown_kind_of_bleed_is_named_in_the_error() -> None:
+    with pytest.raises(ValueError, match="bruise"):
+        simulate(1, findings={"bruise": 1.0})
+
+
+def test_a_bone_kernel_is_noisier_at_high_frequency_than_a_soft_one() -> None:
+    rng = np.random.default_rng(0)
+    subject = make_subject(rng)
+    roughness = {}
+    for kernel in HEADS["kernel"]:
+        drawn = draw_acquisition(np.random.default_rng(1), subject, kernel=kernel, slices=8, matrix=256)
+        image = acquire(subject, drawn, np.random.default_rng(2)).volume.hounsfield[4].astype(float)
+        brain = (image > -60) & (image < 160)
+        roughness[kernel] = float(np.median(np.abs(np.diff(image, axis=1))[brain[:, 1:] & brain[:, :-1]]))
+    assert roughness["bone"] > 2 * roughness["soft"]
+
+
+def test_contrast_brightens_vessels_and_is_labelled() -> None:
+    plain, enhanced = (
+        simulate(9, contrast=contrast, slices=8, matrix=128, noise=0.0, streaks=0.0)
+        for contrast in ("non_contrast", "arterial")
+    )
+    assert (plain.labels["contrast"], enhanced.labels["contrast"]) == ("non_contrast", "contrast")
+
+    def bright(series: SimulatedSeries) -> int:
+        hounsfield = series.volume.hounsfield
+        return int(((hounsfield > 120) & (hounsfield < 300)).sum())
+
+    assert bright(enhanced) > bright(plain)
+
+
+@pytest.mark.parametrize("region", OTHER_REGIONS)
+def test_what_is_not_a_head_is_labelled_other_and_has_no_truth(region: str) -> None:
+    series = simulate(2, region=region, slices=8, matrix=64)
+    assert series.labels["region"] == "other"
+    assert not series.truth.any()
+    assert (series.volume.hounsfield > -300).mean() > 0.03
+
+
+@pytest.mark.parametrize(
+    ("orientation", "tilt"), [("axial", 0.0), ("axial", 20.0), ("coronal", 0.0), ("sagittal", 0.0)]
+)
+def test_written_series_come_back_as_the_same_volume(tmp_path: Path, orientation: str, tilt: float) -> None:
+    series = simulate(4, orientation=orientation, slices=8, matrix=64, tilt_deg=tilt)
+    write_dicom_series(
+        series.volume,
+        tmp_path,
+        Origin(study="s", series="1"),
+        image_positions_mm=series.image_positions_mm,
+        image_orientation=series.image_orientation,
+    )
+    back = volume_from_datasets(read_datasets(sorted(tmp_path.glob("*.dcm"))))
+    assert back.orientation == orientation
+    assert back.gantry_tilt_deg == pytest.approx(tilt, abs=0.01)
+    assert back.slice_spacing_mm == pytest.approx(series.volume.slice_spacing_mm, abs=0.01)
+    same = np.array_equal(back.hounsfield, series.volume.hounsfield)
+    assert same or np.array_equal(back.hounsfield[::-1], series.volume.hounsfield)  # sagittal normals point either way
+
+
+def test_any_volume_becomes_valid_ct_instances_with_the_same_bytes_each_time(tmp_path: Path) -> None:
+    hounsfield = np.arange(3 * 16 * 16, dtype=np.int16).reshape(3, 16, 16) - 1024
+    volume = Volume(hounsfield, np.array([0.0, 5.0, 10.0]), (0.5, 0.5))
+    first = write_dicom_series(volume, tmp_path / "a", Origin(study="x", series="1"))
+    second = write_dicom_series(volume, tmp_path / "b", Origin(study="x", series="1"))
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    ds = dcmread(first[0])
+    assert (ds.SOPClassUID, ds.file_meta.TransferSyntaxUID) == (CTImageStorage, ExplicitVRLittleEndian)
+    assert ds.PatientName == "HERALD^SIMULATED"
+    assert np.array_equal(volume_from_datasets(read_datasets(first)).hounsfield, hounsfield)
+
+
+def test_write_phantoms_writes_a_folder_and_a_truth_for_each_series(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    truth = write_phantoms(tmp_path, 2, seed=1, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    assert json.loads((tmp_path / "truth.json").read_text()) == truth
+    for entry in truth:
+        ds = dcmread(sorted((tmp_path / str(entry["folder"])).glob("*.dcm"))[0])
+        assert ds.SeriesInstanceUID == entry["series_instance_uid"]
+        labels = entry["labels"]
+        assert isinstance(labels, dict)
+        assert ("ContrastBolusAgent" in ds) == (labels["contrast"] == "contrast")
+        assert set(labels) == set(HEADS)
