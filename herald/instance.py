@@ -1,0 +1,170 @@
+"""The header elements that identify one instance and place it in its series, read without touching pixels.
+
+Values are taken from their encoded bytes, so that a malformed value elsewhere in the header disturbs nothing.
+"""
+
+import re
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset, read_file_meta_info
+from pydicom.tag import BaseTag
+from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian, MRImageStorage
+
+from herald.errors import NotDicomError, StoreError
+
+_IMAGE_TYPE = 0x00080008
+_SOP_CLASS_UID = 0x00080016
+_SOP_INSTANCE_UID = 0x00080018
+_ACCESSION_NUMBER = 0x00080050
+_MODALITY = 0x00080060
+_STATION_NAME = 0x00081010
+_STUDY_INSTANCE_UID = 0x0020000D
+_SERIES_INSTANCE_UID = 0x0020000E
+_IMAGE_POSITION_PATIENT = 0x00200032
+_IMAGE_ORIENTATION_PATIENT = 0x00200037
+_TAGS = [
+    _IMAGE_TYPE,
+    _SOP_CLASS_UID,
+    _SOP_INSTANCE_UID,
+    _ACCESSION_NUMBER,
+    _MODALITY,
+    _STATION_NAME,
+    _STUDY_INSTANCE_UID,
+    _SERIES_INSTANCE_UID,
+    _IMAGE_POSITION_PATIENT,
+    _IMAGE_ORIENTATION_PATIENT,
+]
+_LAST = max(_TAGS)
+_DEFLATED_HEADER_BYTES = 1 << 20  # so much of an inflated data set is looked at for its header
+_PREAMBLE_BYTES = 132
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
+
+STACKED_SOP_CLASSES = frozenset({CTImageStorage, MRImageStorage})
+"""SOP classes with one plane per instance, whose series is complete only as a stack of planes."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where one image lies: ImagePositionPatient (mm) and ImageOrientationPatient (PS3.3 C.7.6.2)."""
+
+    position: tuple[float, float, float]
+    orientation: tuple[float, float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class InstanceHeader:
+    """What identifies one instance; a UID that is missing is the empty string."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    study_instance_uid: str
+    series_instance_uid: str
+    transfer_syntax_uid: str
+    accession_number: str
+    modality: str
+    station_name: str
+    stacked: bool
+    """One plane of a stack: a CT or MR image that is not a localizer."""
+    plane: Plane | None
+
+
+def header_from_dataset(encoded: BinaryIO, transfer_syntax_uid: str) -> InstanceHeader:
+    """Read from an encoded data set without preamble and File Meta; raises NotDicomError when it cannot be decoded."""
+    syntax = UID(transfer_syntax_uid)
+    try:
+        if syntax == DeflatedExplicitVRLittleEndian:
+            inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(encoded.read(), _DEFLATED_HEADER_BYTES)
+            encoded = BytesIO(inflated)
+        ds = read_dataset(
+            encoded, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=_after_header, specific_tags=list(_TAGS)
+        )
+        return _header(ds, str(syntax))
+    except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors: all mean the same
+        raise NotDicomError(
+            f"the data set cannot be decoded as {syntax.name} ({type(error).__name__}: {error}); "
+            "check the sender's encoding and send the instance again"
+        ) from error
+
+
+def read_header(path: Path) -> InstanceHeader:
+    """Read from a Part 10 file; raises NotDicomError when it is none, StoreError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(_PREAMBLE_BYTES)
+            if prefix[128:] != b"DICM":
+                raise NotDicomError(f"{path.name} is not a DICOM file: the prefix DICM is missing (PS3.10 7.1)")
+            syntax, start = _file_meta(path)
+            file.seek(start)
+            return header_from_dataset(file, syntax)
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _file_meta(path: Path) -> tuple[str, int]:
+    """TransferSyntaxUID, and where the data set starts."""
+    try:
+        meta = read_file_meta_info(path)
+        length = int(meta[0x00020000].value)  # FileMetaInformationGroupLength counts from after itself
+        return str(meta.TransferSyntaxUID), _PREAMBLE_BYTES + 12 + length
+    except OSError:
+        raise
+    except Exception as error:  # see header_from_dataset
+        raise NotDicomError(f"{path.name} has no readable File Meta Information ({error}); PS3.10 7.1") from error
+
+
+def _after_header(tag: BaseTag, vr: str | None, length: int) -> bool:
+    return int(tag) > _LAST
+
+
+def _header(ds: Dataset, transfer_syntax_uid: str) -> InstanceHeader:
+    sop_class_uid = _text(ds, _SOP_CLASS_UID, 64)
+    return InstanceHeader(
+        sop_class_uid=sop_class_uid,
+        sop_instance_uid=_text(ds, _SOP_INSTANCE_UID, 65),
+        study_instance_uid=_text(ds, _STUDY_INSTANCE_UID, 65),
+        series_instance_uid=_text(ds, _SERIES_INSTANCE_UID, 65),
+        transfer_syntax_uid=transfer_syntax_uid,
+        accession_number=_text(ds, _ACCESSION_NUMBER, 16),
+        modality=_text(ds, _MODALITY, 16),
+        station_name=_text(ds, _STATION_NAME, 64),
+        stacked=sop_class_uid in STACKED_SOP_CLASSES and "LOCALIZER" not in _text(ds, _IMAGE_TYPE, 256).split("\\"),
+        plane=_plane(ds),
+    )
+
+
+def _encoded(ds: Dataset, tag: int) -> bytes:
+    value = ds.get_item(tag).value if tag in ds else None
+    return value if isinstance(value, bytes) else b""
+
+
+def _text(ds: Dataset, tag: int, longest: int) -> str:
+    encoded = _encoded(ds, tag).strip(b" \0")
+    try:
+        text = encoded.decode("utf-8")
+    except UnicodeDecodeError:
+        text = encoded.decode("latin-1")
+    return _UNPRINTABLE.sub("", text)[:longest]
+
+
+def _plane(ds: Dataset) -> Plane | None:
+    position = _numbers(ds, _IMAGE_POSITION_PATIENT, 3)
+    orientation = _numbers(ds, _IMAGE_ORIENTATION_PATIENT, 6)
+    if position is None or orientation is None:
+        return None
+    x, y, z = position
+    a, b, c, d, e, f = orientation
+    return Plane((x, y, z), (a, b, c, d, e, f))
+
+
+def _numbers(ds: Dataset, tag: int, count: int) -> list[float] | None:
+    try:
+        numbers = [float(part) for part in _encoded(ds, tag).rstrip(b"\0").split(b"\\")]
+    except ValueError:
+        return None
+    finite = all(abs(number) < 1e9 for number in numbers)  # also false for NaN
+    return numbers if finite and len(numbers) == count else None

@@ -1,0 +1,310 @@
+"""What the receiver writes in the ledger: instances, rejections and series, in the order in which they happened.
+
+Statements queue for one thread, which commits whatever waits as one transaction: concurrent associations share a
+commit, and while the ledger is down the queue keeps order and nobody is blocked.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, Table, and_, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from herald.config import LedgerConfig
+from herald.errors import LedgerError
+from herald.events import SeriesReceived
+from herald.instance import InstanceHeader
+from herald.ledger import Ledger, instances, rejections, series
+from herald.store import StoredInstance
+from receiver.statuses import StoreStatus
+
+log = logging.getLogger(__name__)
+
+SeriesKey = tuple[str, str]
+"""Study and Series Instance UID: two studies that share a Series Instance UID by mistake stay apart."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One instance that is durable in the store, and who sent it."""
+
+    header: InstanceHeader
+    stored: StoredInstance
+    path: str
+    """Relative to the store's root."""
+    calling_ae_title: str
+    calling_address: str
+    received_at: datetime
+
+    @property
+    def series_key(self) -> SeriesKey:
+        """The series that it belongs to."""
+        return self.header.study_instance_uid, self.header.series_instance_uid
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One instance that was refused, and why."""
+
+    occurred_at: datetime
+    calling_ae_title: str
+    calling_address: str
+    sop_instance_uid: str
+    status: StoreStatus
+    error: str
+
+
+# --- statements ------------------------------------------------------------------------------------------------------
+
+
+def record_instance(connection: Connection, arrival: Arrival) -> None:
+    """One row per file; the same bytes again are counted in `copies`."""
+    header, stored = arrival.header, arrival.stored
+    if not stored.new:
+        again = update(instances).where(instances.c.path == arrival.path).values(copies=instances.c.copies + 1)
+        if connection.execute(again).rowcount:
+            return
+    row = {
+        "sop_instance_uid": header.sop_instance_uid,
+        "series_instance_uid": header.series_instance_uid,
+        "study_instance_uid": header.study_instance_uid,
+        "sop_class_uid": header.sop_class_uid,
+        "transfer_syntax_uid": header.transfer_syntax_uid,
+        "sha256": stored.sha256,
+        "size_bytes": stored.size_bytes,
+        "conflict": stored.conflict,
+        "calling_ae_title": arrival.calling_ae_title,
+        "calling_address": arrival.calling_address,
+        "received_at": arrival.received_at,
+    }
+    upsert = _dialect_insert(connection, instances).values(path=arrival.path, copies=1, **row)
+    connection.execute(upsert.on_conflict_do_update(index_elements=["path"], set_=row))
+
+
+def record_rejection(connection: Connection, rejection: Rejection) -> None:
+    """One row per refusal."""
+    row = {
+        "occurred_at": rejection.occurred_at,
+        "calling_ae_title": rejection.calling_ae_title,
+        "calling_address": rejection.calling_address,
+        "sop_instance_uid": rejection.sop_instance_uid,
+        "status": int(rejection.status),
+        "error": rejection.error,
+    }
+    connection.execute(insert(rejections).values(row))
+
+
+def open_series(
+    connection: Connection, key: SeriesKey, header: InstanceHeader, calling_ae_title: str, at: datetime
+) -> None:
+    """Make the next revision of the series, unless one is open."""
+    study_instance_uid, series_instance_uid = key
+    if connection.execute(select(series.c.revision).where(_is_open(key))).first() is not None:
+        return
+    newest = select(func.max(series.c.revision)).where(series.c.series_instance_uid == series_instance_uid)
+    row = {
+        "series_instance_uid": series_instance_uid,
+        "revision": (connection.execute(newest).scalar() or 0) + 1,
+        "study_instance_uid": study_instance_uid,
+        "accession_number": header.accession_number,
+        "modality": header.modality,
+        "scanner": header.station_name or calling_ae_title,
+        "calling_ae_title": calling_ae_title,
+        "first_image_at": at,
+        "last_image_at": at,
+    }
+    connection.execute(insert(series).values(row))
+
+
+def close_series(connection: Connection, key: SeriesKey, reason: str, at: datetime) -> SeriesReceived | None:
+    """Close the open revision and say what is to be published; None when none is open."""
+    row = connection.execute(select(series).where(_is_open(key))).mappings().first()
+    if row is None:
+        return None
+    study_instance_uid, series_instance_uid = key
+    content = select(
+        func.count(instances.c.sop_instance_uid.distinct()).label("instance_count"),
+        func.max(instances.c.received_at).label("last_image_at"),
+    ).where(
+        instances.c.study_instance_uid == study_instance_uid, instances.c.series_instance_uid == series_instance_uid
+    )
+    counted = connection.execute(content).mappings().one()
+    closed: dict[str, Any] = {
+        "instance_count": counted["instance_count"],
+        "last_image_at": counted["last_image_at"] or row["last_image_at"],
+        "closed_at": at,
+        "close_reason": reason,
+    }
+    connection.execute(update(series).where(_is_open(key)).values(closed))
+    return _event({**row, **closed})
+
+
+def mark_published(connection: Connection, event: SeriesReceived, at: datetime) -> None:
+    """SeriesReceived of this revision is durable on the bus."""
+    this = and_(series.c.series_instance_uid == event.series_instance_uid, series.c.revision == event.revision)
+    connection.execute(update(series).where(this).values(published_at=at))
+
+
+def unpublished(connection: Connection) -> list[SeriesReceived]:
+    """What was closed and not yet published, oldest first."""
+    waiting = and_(series.c.closed_at.is_not(None), series.c.published_at.is_(None))
+    rows = connection.execute(select(series).where(waiting).order_by(series.c.closed_at)).mappings()
+    return [_event(row) for row in rows]
+
+
+def still_open(connection: Connection) -> list[SeriesKey]:
+    """The series with an open revision."""
+    rows = select(series.c.study_instance_uid, series.c.series_instance_uid).where(series.c.closed_at.is_(None))
+    return [(study, uid) for study, uid in connection.execute(rows)]
+
+
+def _is_open(key: SeriesKey) -> Any:
+    return and_(
+        series.c.study_instance_uid == key[0], series.c.series_instance_uid == key[1], series.c.closed_at.is_(None)
+    )
+
+
+def _event(row: RowMapping | dict[str, Any]) -> SeriesReceived:
+    return SeriesReceived(
+        study_instance_uid=row["study_instance_uid"],
+        series_instance_uid=row["series_instance_uid"],
+        revision=row["revision"],
+        occurred_at=row["closed_at"],
+        accession_number=row["accession_number"],
+        modality=row["modality"],
+        scanner=row["scanner"],
+        calling_ae_title=row["calling_ae_title"],
+        instance_count=row["instance_count"],
+        close_reason=row["close_reason"],
+        first_image_at=row["first_image_at"],
+        last_image_at=row["last_image_at"],
+    )
+
+
+def _dialect_insert(connection: Connection, table: Table) -> Any:
+    """INSERT with ON CONFLICT, which SQLAlchemy spells per dialect."""
+    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+
+
+# --- the thread that writes ------------------------------------------------------------------------------------------
+
+Statement = Callable[[Connection], Any]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    statement: Statement
+    done: "Future[Any]"
+
+
+class Recorder:
+    """Executes statements in order, each at least until it has succeeded or can never succeed."""
+
+    MOST_AT_ONCE = 64
+    RETRY_S = 1.0
+
+    def __init__(self, config: LedgerConfig) -> None:
+        self.ledger = Ledger(config)
+        self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._behind = False
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        """Start writing; missing tables are created first."""
+        self.submit(lambda connection: None)  # the tables are there before the first instance needs them
+        self._thread.start()
+
+    def submit(self, statement: Statement) -> "Future[Any]":
+        """Queue a statement; its result is there when it is committed."""
+        done: Future[Any] = Future()
+        self._pending.put(_Pending(statement, done))
+        return done
+
+    def wait(self, done: "Future[Any]", timeout_s: float) -> bool:
+        """Wait for a commit, but not while the ledger is known to be down: the queue keeps the statement."""
+        if self._behind:
+            return False
+        try:
+            done.exception(timeout_s)
+        except FutureTimeoutError:
+            self._behind = True
+            log.warning("the ledger does not keep up; instances are stored and their rows follow")
+            return False
+        return True
+
+    def stop(self, timeout_s: float) -> None:
+        """Write what waits, for `timeout_s` at most; the next start makes up for the rest from the files."""
+        self._pending.put(None)
+        self._thread.join(timeout_s)
+        self._stop.set()
+        self._thread.join(self.RETRY_S)
+        self.ledger.close()
+
+    def _run(self) -> None:
+        self._persist(self.ledger.create_tables)
+        while not self._stop.is_set():
+            batch, last = self._next()
+            if batch:
+                self._write(batch)
+            if last:
+                return
+
+    def _next(self) -> tuple[list[_Pending], bool]:
+        batch: list[_Pending] = []
+        while len(batch) < self.MOST_AT_ONCE:
+            if batch and self._pending.empty():
+                break
+            item = self._pending.get()
+            if item is None:
+                return batch, True
+            batch.append(item)
+        return batch, False
+
+    def _write(self, batch: list[_Pending]) -> None:
+        """One transaction for all; if one of them is impossible, one transaction for each."""
+
+        def together() -> list[Any]:
+            with self.ledger.begin() as connection:
+                return [pending.statement(connection) for pending in batch]
+
+        try:
+            results = self._persist(together)
+        except Exception as error:  # a statement that can never succeed must not hold up the others
+            if len(batch) == 1:
+                log.error("the ledger refuses a statement for good: %s; run `herald reconcile`", error)
+                batch[0].done.set_exception(error)
+                return
+            for pending in batch:
+                self._write([pending])
+            return
+        for pending, result in zip(batch, results or [], strict=False):
+            pending.done.set_result(result)
+
+    def _persist(self, write: Callable[[], Any]) -> Any:
+        """Try until the ledger answers or the receiver stops; one line in the log per outage."""
+        outage = False
+        while not self._stop.is_set():
+            try:
+                result = write()
+            except LedgerError as error:
+                if not isinstance(error.__cause__, OperationalError | InterfaceError):
+                    raise
+                if not outage:
+                    log.error("%s; instances are stored meanwhile and their rows follow", error)
+                outage = self._behind = True
+                self._stop.wait(self.RETRY_S)
+            else:
+                if self._behind:
+                    log.info("the ledger answers again")
+                self._behind = False
+                return result
+        return None
