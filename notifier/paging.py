@@ -174,7 +174,10 @@ class Paging:
 
     def _settle(self, page_id: str) -> str | None:
         """Record the attempt of a page; until the ledger has taken it, the page is not attempted again."""
-        following = self._record(*self._unrecorded[page_id])
+        made = self._unrecorded.get(page_id)
+        if made is None:  # the other thread was faster
+            return None
+        following = self._record(*made)
         self._unrecorded.pop(page_id, None)
         return following
 

@@ -3,7 +3,7 @@ from datetime import timedelta
 from urllib.parse import urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import herald.links
@@ -22,6 +22,7 @@ def token_of(url: str) -> str:
 uids = st.from_regex(r"[12]\.[0-9]{1,20}(\.[0-9]{1,15}){0,2}", fullmatch=True)
 
 
+@settings(deadline=None)
 @given(study=uids, series=uids, revision=st.integers(1, 99))
 def test_a_signed_link_leads_back_to_the_series_revision_it_was_made_for(
     study: str, series: str, revision: int

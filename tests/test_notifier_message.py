@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import nan
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from notifier_fakes import FINDINGS, configured, triaged
 
@@ -77,6 +77,7 @@ def test_a_result_without_findings_volume_or_times_still_makes_a_page() -> None:
     assert "nan" not in page_text(triaged(findings=(replace(FINDINGS[0], volume_ml=nan),)), configured()).body
 
 
+@settings(deadline=None)
 @given(scanner=st.text(max_size=16), accession=st.text(min_size=2, max_size=16))
 def test_what_a_scanner_sends_neither_breaks_a_line_nor_gives_the_accession_number_away(
     scanner: str, accession: str

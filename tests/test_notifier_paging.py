@@ -368,10 +368,12 @@ def test_agreeing_beforehand_that_another_series_is_clear_does_not_stop_the_page
 
 
 def test_a_review_of_an_earlier_revision_does_not_stop_the_page_of_the_next(night: Night) -> None:
-    write_review(night, night.reviewed("agree"))
+    early = night.reviewed("agree")
+    write_review(night, early)
     night.now += timedelta(minutes=1)
     night.triage(revision=2)
-    assert night.sent() == [1, 0, 0]
+    night.paging.on_reviewed(early)
+    assert (night.states(), night.sent()) == (["sent"], [1, 0, 0])
 
 
 def test_a_review_while_the_page_is_being_sent_is_not_overwritten(night: Night) -> None:
@@ -379,6 +381,13 @@ def test_a_review_while_the_page_is_being_sent_is_not_overwritten(night: Night) 
     night.triage()
     (page,) = night.pages()
     assert (page.state, page.sent_at) == ("acknowledged", NOON)
+
+
+def test_a_review_while_a_channel_is_failing_keeps_the_next_step_from_being_paged(night: Night) -> None:
+    night.channels[0].during = night.review
+    night.channels[0].behaviour = "refuse"
+    night.triage()
+    assert (night.states(), night.sent()) == (["acknowledged"], [0, 0, 0])
 
 
 # --- revisions -------------------------------------------------------------------------------------------------------
@@ -550,6 +559,7 @@ def test_a_step_that_was_taken_out_of_the_policy_is_passed_over(night: Night) ->
     assert "no step 2 any more" in str(night.pages()[1].error)
 
 
+@settings(deadline=None)
 @given(retry_for_s=st.floats(0, 86400))
 def test_the_attempts_of_a_channel_take_as_long_as_it_is_to_be_retried(retry_for_s: float) -> None:
     attempts = policy.attempts_allowed(retry_for_s)
