@@ -1,7 +1,9 @@
 """What runs a SavedModel: OpenVINO where it can read the model, else TensorFlow.
 
-`python benchmarks/executor.py` compares them on this machine's models. OpenVINO won on the CPU in every comparison so
-far, starts in a tenth of the time and needs a fraction of the memory; its default precision is f32, as TensorFlow's.
+`python benchmarks/executor.py` compares them on this machine's models. Against TensorFlow, OpenVINO took 0.6 to 0.8 of
+the time for the protocol network in f32 and 0.3 to 0.4 in bf16; for a hybrid of 3D convolutions the same in f32 and
+half in bf16; for a hybrid that folds slices into the batch twice the time, because the layout is turned at every fold.
+It needs neither TensorFlow's seconds of start-up nor its half gigabyte.
 """
 
 import logging

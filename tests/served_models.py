@@ -6,6 +6,9 @@ hand, and OUT/spare/{sum-1,sum-2,unfit,two-signatures}, version folders that a t
 
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,15 @@ def build(base: Path) -> Path:
     if done.returncode:
         pytest.fail(f"the test models could not be built:\n{done.stderr[-2000:]}")
     return out
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+    """Wait until something that another thread or process brings about is so."""
+    deadline = time.monotonic() + within_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.02)
 
 
 def _write(out: Path) -> None:

@@ -3,7 +3,6 @@
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from served_models import build
+from served_models import build, eventually
 
 from herald import signatures
 from herald.config import ServingConfig
@@ -28,14 +27,6 @@ from serving.stubs import predict_pb2, prediction_service_pb2_grpc
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
     return build(tmp_path_factory.getbasetemp())
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.02)
 
 
 def serving(models: Path, port: int = 0) -> ModelServer:
@@ -55,7 +46,7 @@ def address(models) -> Iterator[str]:
 
 @pytest.fixture
 def client(address) -> Iterator[InferenceClient]:
-    with InferenceClient(address, deadline_s=20) as client:
+    with InferenceClient(address, deadline_s=60) as client:
         yield client
 
 
@@ -119,7 +110,7 @@ def test_hemorrhage_prediction_has_mask_slices_and_study(client):
 def test_a_long_study_in_runs_gives_what_the_whole_study_gives(address, client, longest):
     volume = _study(11)
     whole = client.detect_hemorrhage(volume)
-    with InferenceClient(address, deadline_s=20, max_slices=longest) as chunked:
+    with InferenceClient(address, deadline_s=60, max_slices=longest) as chunked:
         stitched = chunked.detect_hemorrhage(volume)
     np.testing.assert_array_equal(stitched.mask, whole.mask)
     np.testing.assert_allclose(stitched.slice_probability, whole.slice_probability, rtol=1e-6)
@@ -137,7 +128,7 @@ def test_no_request_carries_more_slices_than_allowed_and_their_context(refusing)
         return response
 
     refusing.answer = answer
-    with InferenceClient(refusing.address, deadline_s=20) as client:
+    with InferenceClient(refusing.address, deadline_s=60) as client:
         assert client.detect_hemorrhage(np.zeros((200, 2, 2), np.int16)).mask.shape == (200, 2, 2, 5)
     sent = [len(read_tensor(r.inputs["volume"])) for r in refusing.requests]
     assert sent == [52, 54, 54, 52]
@@ -165,7 +156,7 @@ def test_typed_answers_as_tensorflow_serving_sends_by_default_are_read(refusing)
         return response
 
     refusing.answer = answer
-    with InferenceClient(refusing.address, deadline_s=20) as client:
+    with InferenceClient(refusing.address, deadline_s=60) as client:
         answered = client.classify_protocol(VOLUMES)
     assert answered.heads["contrast"] == {"non_contrast": 0.25, "contrast": 0.75}
     assert answered.version == "12"
@@ -186,7 +177,7 @@ def test_typed_answers_as_tensorflow_serving_sends_by_default_are_read(refusing)
 )
 def test_each_status_becomes_the_error_that_says_whether_to_retry(refusing, code, details, expected):
     refusing.status = (grpc.StatusCode[code], details)
-    with InferenceClient(refusing.address, deadline_s=20) as client, pytest.raises(ServingError) as raised:
+    with InferenceClient(refusing.address, deadline_s=60) as client, pytest.raises(ServingError) as raised:
         client.classify_protocol(VOLUMES)
     assert type(raised.value) is expected
     assert raised.value.retriable is (expected is ServingUnavailable)
@@ -206,7 +197,7 @@ def test_an_answer_that_does_not_come_in_time_is_unavailable(refusing):
 def test_an_answer_without_an_output_is_a_mismatch_that_names_it(refusing):
     refusing.answer = lambda request: predict_pb2.PredictResponse()
     with (
-        InferenceClient(refusing.address, deadline_s=20) as client,
+        InferenceClient(refusing.address, deadline_s=60) as client,
         pytest.raises(SignatureMismatch, match="'contrast'"),
     ):
         client.classify_protocol(VOLUMES)
@@ -215,7 +206,7 @@ def test_an_answer_without_an_output_is_a_mismatch_that_names_it(refusing):
 def test_a_server_that_is_down_is_unavailable_and_answers_the_same_client_once_it_is_up(models):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with InferenceClient(f"127.0.0.1:{port}", deadline_s=20) as client:
+    with InferenceClient(f"127.0.0.1:{port}", deadline_s=60) as client:
         with pytest.raises(ServingUnavailable, match=r"herald run serving.*HERALD_ROUTER__SERVING_ADDRESS"):
             client.detect_hemorrhage(STUDY)
         server = serving(models / "contract", port)
@@ -238,7 +229,7 @@ def test_a_model_that_is_not_there_yet_is_unavailable(tmp_path):
     server = serving(tmp_path)
     try:
         with (
-            InferenceClient(f"127.0.0.1:{server.port}", deadline_s=20) as client,
+            InferenceClient(f"127.0.0.1:{server.port}", deadline_s=60) as client,
             pytest.raises(ServingUnavailable, match="does not serve model protocol yet"),
         ):
             client.classify_protocol(VOLUMES)
@@ -253,7 +244,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_with_its_reason(tmp_path):
     try:
         eventually(lambda: any(v.error for v in server.repository.status("protocol")))
         with (
-            InferenceClient(f"127.0.0.1:{server.port}", deadline_s=20) as client,
+            InferenceClient(f"127.0.0.1:{server.port}", deadline_s=60) as client,
             pytest.raises(ServingError, match=r"version 3 cannot be loaded: saved_model\.pb") as raised,
         ):
             client.classify_protocol(VOLUMES)
@@ -304,7 +295,7 @@ def test_check_of_a_model_with_another_number_of_findings_is_a_mismatch(models, 
     try:
         eventually(lambda: not server.repository.missing())
         with (
-            InferenceClient(f"127.0.0.1:{server.port}", deadline_s=20) as client,
+            InferenceClient(f"127.0.0.1:{server.port}", deadline_s=60) as client,
             pytest.raises(SignatureMismatch, match=r"'probability' has shape \[5\] instead of \[4\]"),
         ):
             client.check()

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from served_models import build
+from served_models import build, eventually
 
 from herald.config import Config, ServingConfig
 from herald.errors import ConfigError
@@ -62,18 +61,10 @@ class Client:
         request = get_model_status_pb2.GetModelStatusRequest()
         request.model_spec.name = name
         try:
-            versions = self.model.GetModelStatus(request, timeout=10).model_version_status
+            versions = self.model.GetModelStatus(request, timeout=30).model_version_status
         except grpc.RpcError:
             return {}
         return {v.version: v.state for v in versions}
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.02)
 
 
 @pytest.fixture
@@ -110,7 +101,7 @@ def request_for(model: str = "sum", **inputs: np.ndarray) -> predict_pb2.Predict
 
 
 def test_outputs_come_back_under_their_names_with_dtype_and_version(client):
-    response = client.prediction.Predict(request_for(x=X, a=A), timeout=10)
+    response = client.prediction.Predict(request_for(x=X, a=A), timeout=30)
     assert set(response.outputs) == {"total", "count"}
     np.testing.assert_array_equal(read_tensor(response.outputs["total"]), X + A)
     np.testing.assert_array_equal(read_tensor(response.outputs["count"]), [3, 3])
@@ -131,7 +122,7 @@ def test_typed_fields_are_read_and_a_last_value_repeats_up_to_the_shape(client):
         tensor.tensor_shape.dim.add().size = 3
     x.float_val.extend([1.5, 2.0])
     a.int_val.append(-7)
-    response = client.prediction.Predict(request, timeout=10)
+    response = client.prediction.Predict(request, timeout=30)
     np.testing.assert_array_equal(
         read_tensor(response.outputs["total"]), np.array([[1.5, 2, 2], [2, 2, 2]], dtype=np.float32) - 7
     )
@@ -143,20 +134,20 @@ def test_a_tensor_without_values_is_zero(client):
     a.dtype = DT_INT16
     for size in A.shape:
         a.tensor_shape.dim.add().size = size
-    response = client.prediction.Predict(request, timeout=10)
+    response = client.prediction.Predict(request, timeout=30)
     np.testing.assert_array_equal(read_tensor(response.outputs["total"]), X)
 
 
 def test_output_filter_selects_outputs(client):
     request = request_for(x=X, a=A)
     request.output_filter.append("count")
-    assert list(client.prediction.Predict(request, timeout=10).outputs) == ["count"]
+    assert list(client.prediction.Predict(request, timeout=30).outputs) == ["count"]
 
 
 def test_a_version_asked_for_by_number_answers(client):
     request = request_for(x=X, a=A)
     request.model_spec.version.value = 1
-    assert client.prediction.Predict(request, timeout=10).model_spec.version.value == 1
+    assert client.prediction.Predict(request, timeout=30).model_spec.version.value == 1
 
 
 def _spec(**fields) -> predict_pb2.PredictRequest:
@@ -267,17 +258,17 @@ def steady(models, tmp_path_factory) -> Iterator[Client]:
 def test_a_wrong_predict_request_gets_the_status_of_tensorflow_serving(steady, case):
     request, code, message = REFUSALS[case]
     with pytest.raises(grpc.RpcError) as refused:
-        steady.prediction.Predict(request, timeout=10)
+        steady.prediction.Predict(request, timeout=30)
     assert refused.value.code().name == code
     assert refused.value.details().startswith(message)
-    assert steady.prediction.Predict(request_for(x=X, a=A), timeout=10).outputs  # and the server goes on
+    assert steady.prediction.Predict(request_for(x=X, a=A), timeout=30).outputs  # and the server goes on
 
 
 @pytest.mark.parametrize("method", ["Classify", "Regress", "MultiInference", "HandleReloadConfigRequest"])
 def test_methods_that_are_not_offered_say_so(steady, method):
     stub = steady.model if method == "HandleReloadConfigRequest" else steady.prediction
     with pytest.raises(grpc.RpcError) as refused:
-        steady.channel.unary_unary(getattr(stub, method)._method)(b"", timeout=10)
+        steady.channel.unary_unary(getattr(stub, method)._method)(b"", timeout=30)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
     assert method in refused.value.details()
 
@@ -285,7 +276,7 @@ def test_methods_that_are_not_offered_say_so(steady, method):
 def test_metadata_holds_every_signature_as_saved(steady):
     request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
     request.model_spec.name = "sum"
-    response = steady.prediction.GetModelMetadata(request, timeout=10)
+    response = steady.prediction.GetModelMetadata(request, timeout=30)
     signatures = get_model_metadata_pb2.SignatureDefMap()
     assert response.metadata["signature_def"].Unpack(signatures)
     signature = signatures.signature_def["serving_default"]
@@ -311,7 +302,7 @@ def test_a_wrong_metadata_request_gets_the_status_of_tensorflow_serving(steady, 
     if name:
         request.model_spec.name = name
     with pytest.raises(grpc.RpcError) as refused:
-        steady.prediction.GetModelMetadata(request, timeout=10)
+        steady.prediction.GetModelMetadata(request, timeout=30)
     assert (refused.value.code().name, refused.value.details()) == (code, message)
 
 
@@ -330,7 +321,7 @@ def test_a_wrong_status_request_gets_the_status_of_tensorflow_serving(steady, na
     if version:
         request.model_spec.version.value = version
     with pytest.raises(grpc.RpcError) as refused:
-        steady.model.GetModelStatus(request, timeout=10)
+        steady.model.GetModelStatus(request, timeout=30)
     assert (refused.value.code().name, refused.value.details()) == (code, message)
 
 
@@ -338,7 +329,7 @@ def test_an_available_version_has_an_error_code_of_zero(steady):
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = "sum"
     request.model_spec.version.value = 1
-    (version,) = steady.model.GetModelStatus(request, timeout=10).model_version_status
+    (version,) = steady.model.GetModelStatus(request, timeout=30).model_version_status
     assert (version.version, version.state, version.status.error_code) == (1, AVAILABLE, 0)
     assert version.HasField("status")
 
@@ -346,9 +337,9 @@ def test_an_available_version_has_an_error_code_of_zero(steady):
 def test_health_is_serving_once_every_model_of_the_contract_is_available(started, models, tmp_path):
     client = started(tmp_path / "models")
     probe = health_pb2.HealthCheckRequest()
-    assert client.health.Check(probe, timeout=10).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert client.health.Check(probe, timeout=30).status == health_pb2.HealthCheckResponse.NOT_SERVING
     shutil.copytree(models / "contract", tmp_path / "models")
-    eventually(lambda: client.health.Check(probe, timeout=10).status == health_pb2.HealthCheckResponse.SERVING)
+    eventually(lambda: client.health.Check(probe, timeout=30).status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def test_a_server_without_a_models_folder_says_so_and_serves_what_comes_later(started, models, tmp_path, caplog):
@@ -365,7 +356,7 @@ def test_a_new_version_takes_over_under_load_without_a_dropped_request(client, f
 
     def ask() -> None:
         while not stop.is_set():
-            response = client.prediction.Predict(request_for(x=X, a=A), timeout=10)
+            response = client.prediction.Predict(request_for(x=X, a=A), timeout=30)
             version = response.model_spec.version.value
             offset = {1: 0, 2: 100}[version]
             np.testing.assert_array_equal(read_tensor(response.outputs["total"]), X + A + offset)
@@ -382,7 +373,7 @@ def test_a_new_version_takes_over_under_load_without_a_dropped_request(client, f
         eventually(lambda: client.states("sum") == {2: END, 1: AVAILABLE})
         stop.set()
         for future in asking:
-            future.result(timeout=10)  # raises what a dropped request raised
+            future.result(timeout=30)  # raises what a dropped request raised
     assert set(versions) == {1, 2}
 
 
@@ -400,12 +391,12 @@ def test_a_version_that_cannot_be_loaded_shows_its_error_and_the_old_one_stays(
     eventually(lambda: client.states("sum") == {2: END, 1: AVAILABLE})
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = "sum"
-    new, old = client.model.GetModelStatus(request, timeout=10).model_version_status
+    new, old = client.model.GetModelStatus(request, timeout=30).model_version_status
     assert (new.version, new.status.error_code) == (2, code)
     assert reason in new.status.error_message
     assert old.status.error_code == 0
     assert "cannot load sum version 2" in caplog.text
-    assert client.prediction.Predict(request_for(x=X, a=A), timeout=10).model_spec.version.value == 1
+    assert client.prediction.Predict(request_for(x=X, a=A), timeout=30).model_spec.version.value == 1
 
     shutil.copytree(models / "spare/sum-2", broken, dirs_exist_ok=True)  # exported again, properly
     eventually(lambda: client.states("sum") == {2: AVAILABLE, 1: END})
@@ -422,7 +413,7 @@ class SlowExecutor:
 
     def run(self, signature_name, inputs):
         self.running.set()
-        assert self.may_finish.wait(20)
+        assert self.may_finish.wait(60)
         return {"total": inputs["x"], "count": np.zeros(2, np.uint8)}
 
 
@@ -439,17 +430,17 @@ def test_stopping_finishes_the_request_under_way_and_refuses_new_ones(slow, fold
     model_server.start()
     client = Client(model_server.port)
     eventually(lambda: client.states("sum") == {1: AVAILABLE})
-    answer = client.prediction.Predict.future(request_for(x=X, a=A), timeout=20)
-    assert slow.running.wait(10)
+    answer = client.prediction.Predict.future(request_for(x=X, a=A), timeout=60)
+    assert slow.running.wait(30)
     stopping = threading.Thread(target=model_server.stop)
     stopping.start()
     eventually(lambda: client.states("sum") == {})
     with pytest.raises(grpc.RpcError) as refused:
-        client.prediction.Predict(request_for(x=X, a=A), timeout=10)
+        client.prediction.Predict(request_for(x=X, a=A), timeout=30)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     slow.may_finish.set()
-    np.testing.assert_array_equal(read_tensor(answer.result(timeout=10).outputs["total"]), X)
-    stopping.join(timeout=10)
+    np.testing.assert_array_equal(read_tensor(answer.result(timeout=30).outputs["total"]), X)
+    stopping.join(timeout=30)
     assert not stopping.is_alive()
     client.channel.close()
 
@@ -457,12 +448,12 @@ def test_stopping_finishes_the_request_under_way_and_refuses_new_ones(slow, fold
 def test_a_retired_version_stays_until_its_request_is_answered(slow, started, folder, models):
     client = started(folder)
     eventually(lambda: client.states("sum") == {1: AVAILABLE})
-    answer = client.prediction.Predict.future(request_for(x=X, a=A), timeout=20)
-    assert slow.running.wait(10)
+    answer = client.prediction.Predict.future(request_for(x=X, a=A), timeout=60)
+    assert slow.running.wait(30)
     shutil.copytree(models / "spare/sum-2", folder / "sum/2")
     eventually(lambda: client.states("sum") == {2: AVAILABLE, 1: 40})
     slow.may_finish.set()
-    assert answer.result(timeout=10).model_spec.version.value == 1
+    assert answer.result(timeout=30).model_spec.version.value == 1
     eventually(lambda: client.states("sum") == {2: AVAILABLE, 1: END})
 
 
@@ -470,9 +461,9 @@ def test_too_many_requests_at_once_are_refused_as_resource_exhausted(slow, start
     monkeypatch.setattr(server, "MAX_CONCURRENT_RPCS", 2)
     client = started(folder)
     eventually(lambda: client.states("sum") == {1: AVAILABLE})
-    answers = [client.prediction.Predict.future(request_for(x=X, a=A), timeout=20)]
-    assert slow.running.wait(10)
-    answers += [client.prediction.Predict.future(request_for(x=X, a=A), timeout=20) for _ in range(3)]
+    answers = [client.prediction.Predict.future(request_for(x=X, a=A), timeout=60)]
+    assert slow.running.wait(30)
+    answers += [client.prediction.Predict.future(request_for(x=X, a=A), timeout=60) for _ in range(3)]
     eventually(lambda: any(a.done() for a in answers))
     slow.may_finish.set()
     codes = sorted(a.code().name for a in answers)
@@ -579,7 +570,7 @@ for name in ("", "square"):
     request.model_spec.name = "two"
     request.model_spec.signature_name = name
     write_tensor(request.inputs["x"], np.array([3, 5], dtype=np.float32))
-    answers[name] = read_tensor(stub.Predict(request, timeout=20).outputs["y"]).tolist()
+    answers[name] = read_tensor(stub.Predict(request, timeout=60).outputs["y"]).tolist()
 server.stop()
 (unfit,) = server.repository.status("hemorrhage")
 print(json.dumps({"tensorflow": [before, "tensorflow" in sys.modules], "answers": answers, "unfit": unfit.error}))

@@ -1,0 +1,147 @@
+"""Compare the executors of the model server on this machine: `python benchmarks/executor.py > executors.json`.
+
+Runs the SavedModels under --models, or, where there are none, the shipped architectures with untrained weights. The
+executors take turns within one process, because a machine's speed drifts: only the ratios hold, not the milliseconds.
+Differences are against TensorFlow on the same input, in probability (mask: of 255).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+from herald.signatures import HEMORRHAGE, IN_PLANE, PROTOCOL, PROTOCOL_SLICES, SIGNATURE_NAME
+from serving.executor import Executor, ExecutorOptions, OpenVinoExecutor, TensorFlowExecutor, read_signatures
+
+REFERENCE = "tensorflow f32"
+
+
+def head(depth: int) -> np.ndarray:
+    """A ball of brain with a bleed in a shell of bone, with noise: (depth, 256, 256) int16 Hounsfield units."""
+    z, y, x = np.mgrid[-1 : 1 : depth * 1j, -1 : 1 : IN_PLANE * 1j, -1 : 1 : IN_PLANE * 1j]
+    radius = np.sqrt(0.5 * z**2 + y**2 + x**2)
+    bleed = (z**2 + (y - 0.2) ** 2 + (x + 0.3) ** 2) < 0.02
+    hounsfield = np.select([radius < 0.75, radius < 0.85], [np.where(bleed, 68, 32), 900], -1000)
+    return (hounsfield + np.random.default_rng(0).normal(0, 6, hounsfield.shape)).astype(np.int16)
+
+
+def write_stand_ins(root: Path) -> None:
+    """The shipped architectures, untrained, with the signatures of the contract."""
+    import keras
+    import tensorflow as tf
+
+    from serving import hemorrhage, protocol
+
+    def export(model: keras.Model, name: str, serve: Callable[..., Any], shape: tuple[int | None, ...]) -> None:
+        archive = keras.export.ExportArchive()
+        archive.track(model)
+        archive.add_endpoint(SIGNATURE_NAME, serve, input_signature=[tf.TensorSpec(shape, tf.int16, name="volume")])
+        archive.write_out(str(root / name / "1"), verbose=False)
+
+    keras.utils.set_random_seed(0)
+    classifier, detector = protocol.build(), hemorrhage.build()
+
+    def detect(volume: Any) -> dict[str, Any]:
+        padded = tf.pad(volume, ((2, 2), (0, 0), (0, 0)), constant_values=-1024)
+        outputs = detector(padded[None], training=False)
+        slices = tf.sigmoid(outputs["slice"][0])  # (D, C)
+        mask = tf.cast(tf.round(tf.sigmoid(outputs["mask"][0]) * 255), tf.uint8)
+        return {"mask": mask, "slice_probability": slices, "probability": tf.reduce_max(slices, axis=0)}
+
+    export(
+        classifier,
+        PROTOCOL.model,
+        lambda volume: classifier(volume, training=False),
+        PROTOCOL.inputs["volume"].shape,
+    )
+    export(detector, HEMORRHAGE.model, detect, (None, IN_PLANE, IN_PLANE))
+
+
+def timed(executor: Executor, volume: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+    begin = time.perf_counter()
+    outputs = executor.run(SIGNATURE_NAME, {"volume": volume})
+    return (time.perf_counter() - begin) * 1e3, outputs
+
+
+def compare(folder: Path, volume: np.ndarray, other_shape: np.ndarray, threads: int, repeats: int) -> dict[str, Any]:
+    """Load one SavedModel in every executor and let them take turns on `volume`."""
+    signatures = read_signatures(folder)
+    makers: dict[str, Callable[[], Executor]] = {
+        REFERENCE: lambda: TensorFlowExecutor(folder, ExecutorOptions(threads=threads)),
+        "openvino f32": lambda: OpenVinoExecutor(folder, signatures, ExecutorOptions(threads=threads)),
+        "openvino bf16": lambda: OpenVinoExecutor(
+            folder, signatures, ExecutorOptions(precision="bf16", threads=threads)
+        ),
+    }
+    executors: dict[str, Executor] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        begin = time.perf_counter()
+        executors[name] = make()
+        rows[name] = {"load_s": round(time.perf_counter() - begin, 3)}
+        rows[name]["first_ms"] = round(timed(executors[name], volume)[0], 1)
+        timed(executors[name], volume)
+        rows[name]["first_of_another_shape_ms"] = round(timed(executors[name], other_shape)[0], 1)
+    times: dict[str, list[float]] = {name: [] for name in executors}
+    outputs: dict[str, dict[str, np.ndarray]] = {}
+    for _ in range(repeats):
+        for name, executor in executors.items():
+            took, outputs[name] = timed(executor, volume)
+            times[name].append(took)
+    for name, row in rows.items():
+        row["median_ms"] = round(statistics.median(times[name]), 1)
+        row["ratio"] = round(statistics.median(a / b for a, b in zip(times[name], times[REFERENCE], strict=True)), 3)
+        row["largest_difference"] = {
+            alias: float(f"{np.abs(value.astype(np.float64) - outputs[REFERENCE][alias]).max():.2g}")
+            for alias, value in sorted(outputs[name].items())
+        }
+    return {"input": list(volume.shape), "executors": rows}
+
+
+def latest(root: Path, name: str) -> Path | None:
+    versions = [p.parent for p in (root / name).glob("*/saved_model.pb") if p.parent.name.isdecimal()]
+    return max(versions, key=lambda p: int(p.name), default=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of SavedModels")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--slices", type=int, default=32, help="slices of the study for the haemorrhage model")
+    arguments = parser.parse_args()
+    inputs = {
+        PROTOCOL.model: (head(PROTOCOL_SLICES)[None], np.stack([head(PROTOCOL_SLICES)] * 3)),
+        HEMORRHAGE.model: (head(arguments.slices), head(arguments.slices + 1)),
+    }
+    report: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = arguments.models
+        report["weights"] = "exported"
+        if any(latest(root, name) is None for name in inputs):
+            print(f"no models in {root}: using untrained ones", file=sys.stderr)
+            root, report["weights"] = Path(scratch), "untrained"
+            write_stand_ins(root)
+        report["models"] = {
+            name: compare(latest(root, name), volume, other, arguments.threads, arguments.repeats)
+            for name, (volume, other) in inputs.items()
+        }
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()
