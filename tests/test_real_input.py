@@ -1,4 +1,4 @@
-"""The main job on real CT: `herald demo --once --json` on ../shared/data, as stored and with telling headers blanked."""
+"""The main job on real CT: `herald demo --once --json` on ../shared/data, as stored and with headers blanked."""
 
 import json
 import os
