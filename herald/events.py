@@ -158,10 +158,10 @@ def event_from_json(message: bytes) -> Event:
         if not isinstance(body, dict):
             raise EventDecodeError(f"a message is not an event: expected a JSON object, got {type(body).__name__}")
         kind, schema = body.get("type"), body.get("schema")
-        if kind not in EVENT_TYPES:
+        if not isinstance(kind, str) or kind not in EVENT_TYPES:
             raise EventDecodeError(f"unknown event type {kind!r}; known are {', '.join(EVENT_TYPES)}")
         if schema != SCHEMA_VERSION:
             raise EventDecodeError(f"{kind} has schema version {schema!r}, this software reads {SCHEMA_VERSION}")
         return msgspec.convert(body, EVENT_TYPES[kind])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise EventDecodeError(f"a message is not one of our events: {error}") from error

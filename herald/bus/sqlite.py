@@ -191,8 +191,9 @@ class SqliteBus:
         """Let go of the file; deliveries that are out come back to others at once."""
         with self._lock:
             self._closed = True
-            if self._presence is not None:
-                self._presence.close()
+            presence, self._presence = self._presence, None
+            if presence is not None:
+                presence.close()
             self._disconnect()
 
     def _lease(self, delivery: Delivery, until: float) -> None:
