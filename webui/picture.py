@@ -27,7 +27,7 @@ MIDDLE_SLICES = 9
 MASK_COLOUR = (255, 64, 160)  # magenta: neither blood, bone nor brain is coloured in a CT window
 MASK_OUTLINE = 0.5
 MASK_FAINTEST = 0.2
-MASK_OPACITY = 0.35
+MASK_OPACITY = 0.22
 
 _KEPT_STACKS = 6  # of 32 slices: 16 MB each
 
