@@ -28,8 +28,9 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateIndex, CreateTable
 from sqlalchemy.types import TypeDecorator
 
 from herald.config import LedgerConfig
@@ -229,6 +230,9 @@ audit = Table(
 Index("ix_pages_open", pages.c.state, pages.c.due_at)
 
 
+_CREATION_LOCK = 0x4865726C  # any number that nobody else locks in this database
+
+
 class Ledger:
     """One database; `begin` is a transaction, `read` a connection for reading. Both raise LedgerError."""
 
@@ -238,11 +242,13 @@ class Ledger:
 
     def create_tables(self) -> None:
         """Create the tables that are missing; several services may do so at once."""
-        with self._translated():
-            try:
-                metadata.create_all(self.engine)
-            except IntegrityError:  # PostgreSQL: another service created a table between our look and our create
-                metadata.create_all(self.engine)
+        with self.begin() as connection:
+            if connection.dialect.name == "postgresql":  # where IF NOT EXISTS alone can collide with another service
+                connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _CREATION_LOCK})
+            for table in metadata.sorted_tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+                for index in table.indexes:
+                    connection.execute(CreateIndex(index, if_not_exists=True))
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:

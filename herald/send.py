@@ -167,7 +167,7 @@ def _send_group(ae: AE, called: re.Match[str], group: list[_Item], settle: Calla
             if assoc.is_established:
                 outcome = _sent(assoc, item, number % 65535 + 1, where)
             else:
-                outcome = replace(item.outcome, error=f"not sent: {_why_not(assoc, where, connected.is_set())}")
+                outcome = replace(item.outcome, error=f"not sent: {_why_not(assoc, item, where, connected.is_set())}")
             settle(item.index, outcome)
     finally:
         if assoc.is_established:
@@ -187,8 +187,7 @@ def _sent(assoc: Any, item: _Item, message_id: int, where: str) -> FileOutcome:
         for context in assoc.accepted_contexts
     )
     if not accepted:
-        names = f"{UID(sop_class_uid).name} in {UID(transfer_syntax_uid).name}"
-        return replace(item.outcome, error=f"not sent: {where} does not accept {names}")
+        return replace(item.outcome, error=f"not sent: {_not_accepted(item, where)}")
     try:
         response = assoc.send_c_store(item.path, msg_id=message_id)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
@@ -203,11 +202,18 @@ def _sent(assoc: Any, item: _Item, message_id: int, where: str) -> FileOutcome:
     return replace(outcome, error=f"refused with 0x{status:04X}: {comment}")
 
 
-def _why_not(assoc: Any, where: str, connected: bool) -> str:
+def _why_not(assoc: Any, item: _Item, where: str, connected: bool) -> str:
     if not connected:
         return f"{where} cannot be reached; check host and port, and that it runs"
     if assoc.is_rejected:
         answer = assoc.acceptor.primitive
         reason = answer.reason_str if answer is not None else "no reason given"
         return f"{where} refused the association ({reason}); check the AE titles and who may connect there"
+    if assoc.rejected_contexts and not assoc.accepted_contexts:  # then pynetdicom aborts by itself
+        return _not_accepted(item, where)
     return f"the association with {where} was aborted; its log says why"
+
+
+def _not_accepted(item: _Item, where: str) -> str:
+    sop_class_uid, transfer_syntax_uid = item.context
+    return f"{where} does not accept {UID(sop_class_uid).name} in {UID(transfer_syntax_uid).name}"

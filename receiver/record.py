@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Table, and_, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError
 
 from herald.config import LedgerConfig
 from herald.errors import LedgerError
@@ -199,6 +199,10 @@ def _dialect_insert(connection: Connection, table: Table) -> Any:
 Statement = Callable[[Connection], Any]
 
 
+_CURABLE = (OperationalError, InterfaceError, ProgrammingError)
+"""The database is away, locked, full or not yet migrated; any other error is the statement's own."""
+
+
 @dataclass(frozen=True)
 class _Pending:
     statement: Statement
@@ -296,7 +300,7 @@ class Recorder:
             try:
                 result = write()
             except LedgerError as error:
-                if not isinstance(error.__cause__, OperationalError | InterfaceError):
+                if not isinstance(error.__cause__, _CURABLE):
                     raise
                 if not outage:
                     log.error("%s; instances are stored meanwhile and their rows follow", error)

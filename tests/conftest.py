@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import pytest
@@ -117,12 +118,10 @@ def running_postgres(data: Path) -> Iterator[str]:
             pytest.fail(message)
         pytest.skip(message)
     binaries = programs[-1].parent
-    # the server refuses to run as root, and its user must reach the folder
+    # the server refuses to run as root
     user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     if user:
         shutil.chown(data, "postgres")
-        for folder in data.parents[: len(data.parents) - 2]:
-            folder.chmod(folder.stat().st_mode | 0o011)
     cluster = data / "cluster"
     port = free_port_pair()
 
@@ -141,9 +140,10 @@ def running_postgres(data: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """SQLAlchemy URL of a PostgreSQL server that all tests share."""
-    with running_postgres(tmp_path_factory.mktemp("postgres")) as url:
+    # not under pytest's own folder, which only its user may enter
+    with TemporaryDirectory(prefix="herald-postgres-") as data, running_postgres(Path(data)) as url:
         yield url
 
 

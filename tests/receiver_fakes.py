@@ -25,7 +25,7 @@ UPRIGHT = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
 
 def config_under(folder: Path, **receiver: Any) -> Config:
     """A node's configuration with everything under `folder`, a free port and short waits."""
-    waits = {"port": 0, "host": "127.0.0.1", "settle_s": 0.1, "quiet_s": 0.6, "network_timeout_s": 10.0, **receiver}
+    waits = {"port": 0, "host": "127.0.0.1", "settle_s": 0.1, "quiet_s": 60.0, "network_timeout_s": 10.0, **receiver}
     return Config(
         receiver=replace(ReceiverConfig(), **waits),
         store=StoreConfig(root=folder / "store", min_free_gb=0.0),

@@ -201,7 +201,7 @@ def test_whatever_happens_every_image_is_in_a_series_that_closes_once_per_openin
 
 def test_an_even_series_is_published_with_what_the_router_needs(tmp_path: Path) -> None:
     images = ct_series(10)
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         assert send_all(receiver.port, images) == [0] * 10
         (event,) = receiver.bus.wait_for(1)
     assert event.close_reason == RELEASED_AND_EVEN
@@ -214,7 +214,7 @@ def test_an_even_series_is_published_with_what_the_router_needs(tmp_path: Path) 
 
 
 def test_the_scanner_is_the_calling_ae_title_where_the_header_names_no_station(tmp_path: Path) -> None:
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         send_all(receiver.port, ct_series(8, StationName=None))
         (event,) = receiver.bus.wait_for(1)
     assert event.scanner == "CT1"
@@ -222,7 +222,7 @@ def test_the_scanner_is_the_calling_ae_title_where_the_header_names_no_station(t
 
 def test_a_late_slice_makes_the_next_revision_of_the_whole_series(tmp_path: Path) -> None:
     images = ct_series(12)
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         send_all(receiver.port, images[:11])
         receiver.bus.wait_for(1)
         send_all(receiver.port, images[11:])
@@ -236,7 +236,7 @@ def test_a_late_slice_makes_the_next_revision_of_the_whole_series(tmp_path: Path
 
 def test_sending_the_same_series_again_publishes_nothing_new(tmp_path: Path) -> None:
     images, other = ct_series(8), ct_series(8)
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         send_all(receiver.port, images)
         receiver.bus.wait_for(1)
         send_all(receiver.port, images)
@@ -250,14 +250,14 @@ def test_sending_the_same_series_again_publishes_nothing_new(tmp_path: Path) -> 
 
 def test_a_localizer_closes_without_the_quiet_period(tmp_path: Path) -> None:
     image = ct_slice("1.2.3", "1.2.3.9", 0.0, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         send_all(receiver.port, [image])
         (event,) = receiver.bus.wait_for(1)
     assert event.close_reason == RELEASED_AND_NOT_A_STACK
 
 
 def test_two_slices_close_after_the_quiet_period(tmp_path: Path) -> None:
-    with receiving(config_under(tmp_path)) as receiver:
+    with receiving(config_under(tmp_path, quiet_s=1.0)) as receiver:
         send_all(receiver.port, ct_series(2))
         (event,) = receiver.bus.wait_for(1)
     assert (event.close_reason, event.instance_count) == (QUIET, 2)
@@ -290,11 +290,11 @@ def test_what_was_closed_and_not_published_is_published_by_the_next_process(tmp_
 
 def test_a_series_that_was_open_is_taken_up_by_the_next_process(tmp_path: Path) -> None:
     images = ct_series(16)
-    config = config_under(tmp_path, settle_s=60.0, quiet_s=60.0)
+    config = config_under(tmp_path, settle_s=60.0)
     with receiving(config) as receiver:
         send_all(receiver.port, images[:15])
         assert receiver.bus.events == []
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         send_all(receiver.port, images[15:])
         (event,) = receiver.bus.wait_for(1)
     assert (event.revision, event.instance_count, event.close_reason) == (1, 16, RELEASED_AND_EVEN)

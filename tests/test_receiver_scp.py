@@ -169,7 +169,7 @@ def test_other_bytes_under_the_same_uid_are_kept_beside_the_first_and_flagged(
 def test_interleaved_series_over_two_associations_stay_apart(tmp_path: Path) -> None:
     study = generate_uid()
     left, right = ct_series(10, study=study), ct_series(10, spacing=3.0, study=study)
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         with association(receiver.port, calling="CT1") as one, association(receiver.port, calling="CT2") as two:
             for i in range(10):  # both associations send both series
                 first, second = (one, two) if i % 2 else (two, one)
@@ -181,7 +181,8 @@ def test_interleaved_series_over_two_associations_stay_apart(tmp_path: Path) -> 
 
 
 def test_two_studies_that_share_a_series_uid_stay_apart(tmp_path: Path) -> None:
-    mine, theirs = ct_slice("1.2.3", "1.2.9", 0.0), ct_slice("1.2.4", "1.2.9", 0.0)
+    scout = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    mine, theirs = (ct_slice(study, "1.2.9", 0.0, ImageType=scout) for study in ("1.2.3", "1.2.4"))
     with receiving(config_under(tmp_path)) as receiver:
         send_all(receiver.port, [mine, theirs])
         events = receiver.bus.wait_for(2)
@@ -305,7 +306,7 @@ def test_a_ledger_that_is_down_delays_the_rows_and_not_the_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    config = config_under(tmp_path / "later", quiet_s=60.0)
+    config = config_under(tmp_path / "later")
     store = StoreConfig(root=tmp_path / "store", min_free_gb=0.0)
     receiver = Receiver(replace(config, store=store), ListBus())
     receiver.recorder.RETRY_S = 0.05  # type: ignore[misc]
@@ -437,7 +438,7 @@ def test_what_was_acknowledged_survives_kill_9_in_mid_send_and_the_series_is_fin
 
 
 def test_a_clean_stop_finishes_what_is_being_stored_and_leaves_open_series_to_the_next_start(tmp_path: Path) -> None:
-    config = config_under(tmp_path, settle_s=60.0, quiet_s=60.0)
+    config = config_under(tmp_path, settle_s=60.0)
     with receiving(config) as receiver:
         send_all(receiver.port, ct_series(3))
     with receiver.recorder.ledger.read() as connection:
@@ -464,7 +465,7 @@ def test_dcmtk_storescu_sends_a_series(tmp_path: Path) -> None:
     for i, image in enumerate(ct_series(12)):
         files.append(tmp_path / f"{i}.dcm")
         image.save_as(files[-1], enforce_file_format=True)
-    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path)) as receiver:
         done = subprocess.run(
             [storescu, "-aet", "DCMTK", "-aec", "HERALD", "127.0.0.1", str(receiver.port), *map(str, files)],
             env={**os.environ, "TCP_NODELAY": "1"},
@@ -481,7 +482,7 @@ def test_dcmtk_storescu_sends_a_series(tmp_path: Path) -> None:
 @needs_data
 def test_the_tilted_head_with_mixed_gaps_closes_about_a_second_after_its_release(tmp_path: Path) -> None:
     files = sorted((DATA / "ge-head").glob("*.dcm"))
-    with receiving(config_under(tmp_path, settle_s=0.7, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path, settle_s=0.7)) as receiver:
         assert send(files, f"HERALD@127.0.0.1:{receiver.port}").failed == ()
         (event,) = receiver.bus.wait_for(1)
         assert (event.close_reason, event.instance_count) == ("released-and-even", 28)
@@ -495,7 +496,7 @@ def test_the_tilted_head_with_mixed_gaps_closes_about_a_second_after_its_release
 @needs_data
 def test_a_whole_study_gives_one_event_per_series(tmp_path: Path) -> None:
     files = sorted(path for path in (DATA / "philips-phantom").rglob("*") if path.is_file())
-    with receiving(config_under(tmp_path, settle_s=0.3, quiet_s=60.0)) as receiver:
+    with receiving(config_under(tmp_path, settle_s=0.3)) as receiver:
         report = send(files, f"HERALD@127.0.0.1:{receiver.port}")
         events = receiver.bus.wait_for(4)
     assert report.failed == ()

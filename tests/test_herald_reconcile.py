@@ -1,0 +1,276 @@
+"""Every instance is accounted for, or named with the reason; and what happened can be told step by step."""
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from pydicom.dataset import Dataset
+from receiver_fakes import config_under, ct_series, receiving, send_all
+from sqlalchemy import Table, delete, insert, select, update
+
+from herald.bus import open_bus
+from herald.config import Config, LedgerConfig
+from herald.events import Disposition, SeriesReceived, SeriesTriaged, utc_now
+from herald.ledger import deliveries, instances, open_ledger, pages, results, reviews, series
+from herald.reconcile import REBUILT, reconcile
+from herald.trace import trace
+
+
+def run(config: Config, *statements: object) -> None:
+    ledger = open_ledger(config.ledger)
+    with ledger.begin() as connection:
+        for statement in statements:
+            connection.execute(statement)  # type: ignore[call-overload]
+    ledger.close()
+
+
+def rows(config: Config, table: Table) -> list[dict[str, object]]:
+    ledger = open_ledger(config.ledger)
+    with ledger.read() as connection:
+        found = [dict(row) for row in connection.execute(select(table)).mappings()]
+    ledger.close()
+    return found
+
+
+def received(config: Config, images: list[Dataset]) -> SeriesReceived:
+    with receiving(config) as receiver:
+        assert set(send_all(receiver.port, images)) == {0}
+        return receiver.bus.wait_for(1)[0]
+
+
+def triage(config: Config, event: SeriesReceived, disposition: Disposition = "negative") -> SeriesTriaged:
+    """Record a result as the web UI does."""
+    now = utc_now()
+    triaged = SeriesTriaged(
+        study_instance_uid=event.study_instance_uid,
+        series_instance_uid=event.series_instance_uid,
+        revision=event.revision,
+        occurred_at=now + timedelta(milliseconds=20),
+        disposition=disposition,
+        reasons=("not a head",) if disposition == "not_eligible" else (),
+        started_at=now,
+        classified_at=now + timedelta(milliseconds=10),
+    )
+    row = {
+        "series_instance_uid": event.series_instance_uid,
+        "revision": event.revision,
+        "study_instance_uid": event.study_instance_uid,
+        "accession_number": event.accession_number,
+        "disposition": disposition,
+        "event": {
+            "reasons": list(triaged.reasons),
+            "started_at": str(triaged.started_at),
+            "classified_at": str(triaged.classified_at),
+        },
+        "triaged_at": triaged.occurred_at,
+        "posted_at": now + timedelta(milliseconds=40),
+    }
+    run(config, insert(results).values(row))
+    return triaged
+
+
+@pytest.fixture
+def config(tmp_path: Path, ledger_url: str) -> Config:
+    return replace(config_under(tmp_path), ledger=LedgerConfig(url=ledger_url))
+
+
+def test_an_empty_node_has_nothing_to_account_for(config: Config) -> None:
+    found = reconcile(config)
+    assert (found.instances_on_disk, found.instances_in_ledger, found.unaccounted, found.problems) == (0, 0, 0, ())
+
+
+def test_every_instance_is_counted_under_its_disposition(config: Config) -> None:
+    triage(config, received(config, ct_series(8)), "positive")
+    triage(config, received(config, ct_series(9)), "not_eligible")
+    received(config, ct_series(10))
+    found = reconcile(config)
+    assert found.dispositions == {"not_eligible": 9, "positive": 8}
+    assert (found.waiting, found.unaccounted) == (10, 0), "the third series is still on its way"
+    assert (found.instances_on_disk, found.instances_in_ledger, found.series_revisions) == (27, 27, 3)
+
+
+def test_a_result_that_never_came_is_named_after_its_time(config: Config) -> None:
+    event = received(config, ct_series(8))
+    long_ago = utc_now() - timedelta(hours=1)
+    run(config, update(series).values(published_at=long_ago))
+    found = reconcile(config)
+    assert found.unaccounted == 8
+    assert found.problems == (
+        f"series {event.series_instance_uid} revision 1 was published and has no disposition; "
+        "see `herald trace` and `herald dead-letters` (8 instances)",
+    )
+    run(config, update(series).values(published_at=None, closed_at=utc_now()))
+    assert reconcile(config).unaccounted == 0
+    run(config, update(series).values(closed_at=None), update(instances).values(received_at=long_ago))
+    assert "does the receiver run?" in reconcile(config).problems[0]
+
+
+def test_a_late_image_that_no_revision_holds_is_named(config: Config) -> None:
+    triage(config, received(config, ct_series(8)))
+    (first, *_) = rows(config, instances)
+    late = utc_now() + timedelta(seconds=5)
+    run(config, update(instances).where(instances.c.path == first["path"]).values(received_at=late))
+    found = reconcile(config)
+    assert (found.dispositions, found.unaccounted) == ({"negative": 7}, 1)
+    assert str(first["path"]) in found.problems[0]
+    assert reconcile(config, rebuild=True).unaccounted == 0
+    assert [(row["revision"], row["closed_at"] is None) for row in rows(config, series)] == [(1, False), (2, True)]
+
+
+def test_a_file_that_is_gone_or_changed_is_named(config: Config) -> None:
+    triage(config, received(config, ct_series(8)))
+    gone, changed, *_ = sorted((config.store.root).glob("*/*/*.dcm"))
+    gone.unlink()
+    changed.write_bytes(b"short")
+    found = reconcile(config)
+    assert (found.unaccounted, found.dispositions) == (2, {"negative": 6})
+    assert "is in the ledger and not on disk" in "\n".join(found.problems)
+    assert "has 5 bytes" in "\n".join(found.problems)
+
+
+def test_a_file_without_a_row_is_named_and_rebuild_restores_it(config: Config) -> None:
+    event = received(config, ct_series(8))
+    triage(config, event)
+    run(config, delete(instances).where(instances.c.sop_instance_uid == rows(config, instances)[3]["sop_instance_uid"]))
+    found = reconcile(config)
+    assert found.unaccounted == 1
+    assert "run `herald reconcile --rebuild`" in found.problems[0]
+    found = reconcile(config, rebuild=True)
+    assert (found.unaccounted, found.dispositions) == (0, {"negative": 8}), "it was there when revision 1 was triaged"
+
+
+def test_a_lost_ledger_is_rebuilt_from_the_files_and_its_series_are_triaged_again(config: Config) -> None:
+    images = ct_series(10)
+    event = received(config, images)
+    before = {row["path"]: row for row in rows(config, instances)}
+    run(config, delete(instances), delete(series))
+    assert reconcile(config).unaccounted == 10
+    found = reconcile(config, rebuild=True)
+    assert (found.instances_in_ledger, found.waiting, found.unaccounted) == (10, 10, 0)
+    for row in rows(config, instances):
+        old = before[row["path"]]
+        same = ("sha256", "size_bytes", "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid", "conflict")
+        assert {key: row[key] for key in same} == {key: old[key] for key in same}
+    with receiving(replace(config, receiver=replace(config.receiver, quiet_s=0.3))) as receiver:
+        (again,) = receiver.bus.wait_for(1)
+    assert (again.series_instance_uid, again.instance_count) == (event.series_instance_uid, 10)
+    assert again.accession_number == "A-1"
+    assert reconcile(config, rebuild=True) == reconcile(config)
+
+
+def test_rebuild_keeps_what_was_triaged(config: Config) -> None:
+    triage(config, received(config, ct_series(8)))
+    run(config, delete(instances), delete(series))
+    found = reconcile(config, rebuild=True)
+    assert (found.dispositions, found.unaccounted) == ({"negative": 8}, 0)
+    (row,) = rows(config, series)
+    assert (row["revision"], row["close_reason"]) == (1, REBUILT)
+
+
+def test_a_file_in_the_store_that_is_no_dicom_is_named_and_left_alone(config: Config) -> None:
+    received(config, ct_series(8))
+    stray = next(config.store.root.glob("*/*")) / "9.9.dcm"
+    stray.write_text("notes of somebody")
+    found = reconcile(config, rebuild=True)
+    assert found.unaccounted == 1
+    assert "9.9.dcm" in found.problems[0]
+    assert stray.exists()
+
+
+# --- trace ---
+
+
+def test_the_steps_of_a_series_are_told_in_order_with_their_latency(config: Config) -> None:
+    event = received(config, ct_series(8))
+    triage(config, event, "not_eligible")
+    now = utc_now() + timedelta(seconds=1)
+    common = {
+        "study_instance_uid": event.study_instance_uid,
+        "series_instance_uid": event.series_instance_uid,
+        "revision": 1,
+    }
+    page = {
+        "page_id": "p",
+        "step": 0,
+        "state": "acknowledged",
+        "mode": "live",
+        "channel": "smtp",
+        "recipient": "oncall@hospital.example",
+        "subject": "s",
+        "body": "b",
+        "finding_at": now,
+        "due_at": now,
+        "sent_at": now + timedelta(seconds=1),
+        "acknowledged_at": now + timedelta(seconds=61),
+        "acknowledged_by": "reader",
+        **common,
+    }
+    sent = {
+        "occurred_at": now + timedelta(seconds=1),
+        "series_instance_uid": event.series_instance_uid,
+        "revision": 1,
+        "page_id": "p",
+        "channel": "smtp",
+        "recipient": "oncall@hospital.example",
+        "outcome": "sent",
+    }
+    review = {
+        "review_id": "r",
+        "action": "agree",
+        "reader": "reader",
+        "prediction_shown": True,
+        "occurred_at": now + timedelta(seconds=61),
+        **common,
+    }
+    run(config, insert(pages).values(page), insert(deliveries).values(sent), insert(reviews).values(review))
+
+    steps = trace(config, event.series_instance_uid)
+    names = [step.step for step in steps]
+    assert names[:2] == ["first image", "last image"]
+    assert [name for name in names if name in ("closed", "published", "disposition", "on the worklist")] == [
+        "closed",
+        "published",
+        "disposition",
+        "on the worklist",
+    ]
+    assert {"taken up by the router", "classified", "page due", "page sent", "delivery", "review"} <= set(names)
+    assert [step.at for step in steps] == sorted(step.at for step in steps)
+    assert steps[0].after_s is None
+    assert steps[names.index("page acknowledged")].after_s is not None
+    assert sum(step.after_s or 0 for step in steps) == pytest.approx((steps[-1].at - steps[0].at).total_seconds())
+    assert "not a head" in steps[names.index("disposition")].detail
+    sop_instance_uid = str(rows(config, instances)[0]["sop_instance_uid"])
+    for other in ("A-1", event.study_instance_uid, sop_instance_uid):
+        assert trace(config, other) == steps
+
+
+def test_dead_letters_and_refusals_are_part_of_the_trace(config: Config) -> None:
+    event = received(config, ct_series(8))
+    bus = open_bus(config.bus)
+    bus.publish(event)
+    delivery = bus.fetch("router", ("series",), timeout_s=5.0)
+    assert delivery is not None
+    bus.dead_letter(delivery, "ServingError: the model is broken", "traceback")
+    bus.close()
+    with receiving(config) as receiver:
+        bad = ct_series(1, StudyInstanceUID=None)
+        assert send_all(receiver.port, bad) == [0xC001]
+    (dead,) = [step for step in trace(config, event.series_instance_uid) if step.step == "dead letter"]
+    assert "ServingError: the model is broken" in dead.detail
+    (refused,) = trace(config, str(bad[0].SOPInstanceUID))
+    assert refused.step == "refused"
+    assert "0xC001" in refused.detail
+
+
+def test_a_late_image_shows_as_a_second_revision(config: Config) -> None:
+    images = ct_series(9)
+    received(config, images[:8])
+    event = received(config, images[8:])
+    details = {step.step: step.detail for step in trace(config, event.series_instance_uid)}
+    assert details["opened again"] == "late images make revision 2"
+    assert details["closed"].startswith("revision 2: 9 instances, released-and-even")
+
+
+def test_of_what_is_unknown_nothing_is_told(config: Config) -> None:
+    assert trace(config, "1.2.3.4.5") == []
