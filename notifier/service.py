@@ -4,9 +4,11 @@ Paging and posting are two consumer groups of the bus, so that a web UI that is 
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from herald.bus import handle, open_bus
@@ -78,8 +80,9 @@ def _consume(
     on_dead: Callable[[Event, BaseException], None],
 ) -> None:
     bus = open_bus(config.bus)
+    patient = replace(config.bus, retry_for_s=math.inf)  # no outage is so long that a page or a result may be dropped
     try:
-        handle(bus, group, handlers, stop, config.bus, on_dead)
+        handle(bus, group, handlers, stop, patient, on_dead)
     finally:
         bus.close()
 
