@@ -112,7 +112,10 @@ def picture_loaded(page) -> None:
 
 
 def fits(page) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    """Nothing is wider than the page or than its card."""
+    return page.evaluate(
+        "[document.documentElement, ...document.querySelectorAll('.card')].every(e => e.scrollWidth <= e.clientWidth)"
+    )
 
 
 def fetched(site: Site) -> SeriesReviewed:

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom import Dataset
+from pydicom import Dataset, dcmwrite
+from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from sqlalchemy import insert, select
 from webui_site import HOTTEST, SLICES, open_site, prediction, triaged
@@ -94,7 +95,7 @@ def test_a_picture_keeps_the_shape_of_the_body_when_pixels_are_not_square(site):
     assert Image.open(io.BytesIO(render(stack, 0, "brain", mask=False))).size == (512, 256)
 
 
-def write_series(site, event, count: int, *, pixel_data: bool = True) -> None:
+def write_series(site, event, count: int, *, pixel_data: bool = True, value: int = 1024 + 40) -> None:
     for number in range(1, count + 1):
         ds = Dataset()
         ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, f"{event.series_instance_uid}.{number}"
@@ -105,16 +106,12 @@ def write_series(site, event, count: int, *, pixel_data: bool = True) -> None:
         ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
         ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
         if pixel_data:
-            ds.PixelData = np.full((64, 64), 1024 + 40, np.uint16).tobytes()
-        ds.file_meta = Dataset()
+            ds.PixelData = np.full((64, 64), value, np.uint16).tobytes()
+        ds.file_meta = FileMetaDataset()
         ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID
         ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         buffer = io.BytesIO()
-        from pydicom import dcmwrite
-        from pydicom.dataset import FileMetaDataset
-
-        ds.file_meta = FileMetaDataset(ds.file_meta)
         dcmwrite(buffer, ds, enforce_file_format=True)
         site.store.write_instance(
             event.study_instance_uid, event.series_instance_uid, ds.SOPInstanceUID, [buffer.getvalue()]
@@ -131,6 +128,16 @@ def test_of_a_series_that_was_not_analysed_the_middle_slices_are_shown(site):
     assert "haemorrhage 9" not in page
     picture = pixels(client.get(address(event) + "/slice/5.png"))
     assert abs(picture - 128).max() <= 1  # 40 HU is the centre of the brain window
+
+
+def test_a_series_without_brain_opens_at_the_bone_window(site):
+    brain, air = site.add(1, "not_eligible"), site.add(2, "not_eligible")
+    write_series(site, brain, 3)
+    write_series(site, air, 3, value=0)
+    client = site.client("rita")
+    assert 'data-window="brain"' in client.get(address(brain)).text
+    assert 'data-window="bone"' in client.get(address(air)).text
+    assert 'data-window="stroke"' in client.get(address(air) + "?window=stroke").text
 
 
 def test_a_series_that_cannot_be_rendered_says_why(site):

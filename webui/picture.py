@@ -24,6 +24,9 @@ LONGER_SIDE = 512
 MIDDLE_SLICES = 9
 """Slices shown of a series that was not analysed: enough to see what it is, and quick to read."""
 
+FEWEST_GREY = 0.05
+"""Share of pixels within a window below which a picture says nothing."""
+
 MASK_COLOUR = (255, 64, 160)  # magenta: neither blood, bone nor brain is coloured in a CT window
 MASK_OUTLINE = 0.5
 MASK_FAINTEST = 0.2
@@ -63,6 +66,13 @@ class Stack:
     def hottest(self) -> int:
         """0-based slice with the highest probability of any haemorrhage; the middle one without a prediction."""
         return self.middle if self.slice_probability is None else int(np.argmax(self.slice_probability))
+
+    @property
+    def window(self) -> str:
+        """The window to open with: brain, unless it would show hardly any grey, as of a localizer or a bone kernel."""
+        grey = WINDOWS["brain"].apply(self.hounsfield[self.middle])
+        enough = self.mask is not None or np.mean((grey > 0) & (grey < 255)) > FEWEST_GREY
+        return "brain" if enough else "bone"
 
 
 class Pictures:

@@ -90,7 +90,7 @@ def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
         stack=stack,
         no_picture=no_picture,
         shown=_shown(stack, blind) if stack else None,
-        window=request.args.get("window") if request.args.get("window") in WINDOWS else "brain",
+        window=_window(stack),
         mask=request.args.get("mask") != "0" and not blind and stack is not None and stack.mask is not None,
         windows=WINDOWS,
         findings=[] if blind else _findings(event, stack),
@@ -181,6 +181,11 @@ def _shown(stack: Stack, blind: bool) -> int:
     if 1 <= asked <= stack.slice_count:
         return asked
     return (stack.middle if blind else stack.hottest) + 1
+
+
+def _window(stack: Stack | None) -> str:
+    asked = request.args.get("window", "")
+    return asked if asked in WINDOWS or stack is None else stack.window
 
 
 def _findings(event: SeriesTriaged, stack: Stack | None) -> list[FindingRow]:
