@@ -251,10 +251,20 @@ class Ledger:
                     connection.execute(CreateIndex(index, if_not_exists=True))
 
     @contextmanager
-    def begin(self) -> Iterator[Connection]:
-        """A transaction: committed at the end, rolled back on any error."""
-        with self._translated(), self.engine.begin() as connection:
-            yield connection
+    def begin(self, on: Connection | None = None) -> Iterator[Connection]:
+        """A transaction: committed at the end, rolled back on any error; on a new connection unless one is given."""
+        with self._translated():
+            if on is None:
+                with self.engine.begin() as connection:
+                    yield connection
+            else:
+                with on.begin():
+                    yield on
+
+    def connect(self) -> Connection:
+        """A connection to keep and to close, for who writes so often that opening one each time would cost."""
+        with self._translated():
+            return self.engine.connect()
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

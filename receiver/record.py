@@ -214,9 +214,12 @@ class Recorder:
 
     MOST_AT_ONCE = 64
     RETRY_S = 1.0
+    KEEP_CONNECTED_S = 2.0
+    """How long the connection is kept when nothing comes: on SQLite, closing the last one costs a checkpoint."""
 
     def __init__(self, config: LedgerConfig) -> None:
         self.ledger = Ledger(config)
+        self._connection: Connection | None = None
         self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._behind = False
@@ -260,14 +263,19 @@ class Recorder:
             if batch:
                 self._write(batch)
             if last:
-                return
+                break
+        self._disconnect()
 
     def _next(self) -> tuple[list[_Pending], bool]:
         batch: list[_Pending] = []
         while len(batch) < self.MOST_AT_ONCE:
             if batch and self._pending.empty():
                 break
-            item = self._pending.get()
+            try:
+                item = self._pending.get(timeout=self.KEEP_CONNECTED_S if self._connection is not None else None)
+            except queue.Empty:
+                self._disconnect()
+                continue
             if item is None:
                 return batch, True
             batch.append(item)
@@ -277,8 +285,14 @@ class Recorder:
         """One transaction for all; if one of them is impossible, one transaction for each."""
 
         def together() -> list[Any]:
-            with self.ledger.begin() as connection:
-                return [pending.statement(connection) for pending in batch]
+            try:
+                if self._connection is None:
+                    self._connection = self.ledger.connect()
+                with self.ledger.begin(self._connection) as connection:
+                    return [pending.statement(connection) for pending in batch]
+            except BaseException:
+                self._disconnect()
+                raise
 
         try:
             results = self._persist(together)
@@ -292,6 +306,11 @@ class Recorder:
             return
         for pending, result in zip(batch, results or [], strict=False):
             pending.done.set_result(result)
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _persist(self, write: Callable[[], Any]) -> Any:
         """Try until the ledger answers or the receiver stops; one line in the log per outage."""

@@ -150,11 +150,15 @@ def association(port: int, contexts: Iterable[tuple[str, str]] = (), **kwargs: A
     assoc = ae.associate(
         "127.0.0.1", port, ae_title="HERALD", contexts=[build_context(a, s) for a, s in proposed], **kwargs
     )
+    connection = assoc.dul.socket.socket if assoc.dul.socket is not None else None
     try:
         yield assoc
     finally:
         if assoc.is_established:
             assoc.release()
+        elif connection is not None:  # pynetdicom forgets to close a socket whose peer is gone
+            assoc.join(5.0)
+            connection.close()
 
 
 def send_all(port: int, datasets: Iterable[Dataset]) -> list[int]:
