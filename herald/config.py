@@ -76,7 +76,7 @@ class BusConfig:
     """The event bus."""
 
     url: str = "sqlite:///bus.sqlite"
-    """`sqlite:///FILE` on one host, or `kafka://HOST:PORT[,HOST:PORT]`."""
+    """`sqlite:///FILE` on one host, or `kafka://HOST:PORT[,HOST:PORT][/PREFIX]` (of topics and groups)."""
     retry_for_s: float = 600.0
     """How long a retriable error is retried before the event becomes a dead letter."""
     retry_first_s: float = 0.5

@@ -5,6 +5,7 @@ time. Dead letters lie in `<topic>.dead-letter` with their reason in the headers
 """
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -29,6 +30,7 @@ from kafka.errors import (  # type: ignore[import-untyped]
     TopicAlreadyExistsError,
     UnknownMemberIdError,
 )
+from kafka.net.compat import KafkaNetClient  # type: ignore[import-untyped]
 from kafka.structs import OffsetAndMetadata  # type: ignore[import-untyped]
 
 from herald.bus import DeadLetter, Delivery, decode
@@ -210,7 +212,8 @@ class KafkaBus:
             raise BusError(f"the bus at {self._where} has been closed in this process")
         if group not in self._consumers:
             self._create_topics()
-            client = KafkaConsumer(
+            client = _open(
+                KafkaConsumer,
                 bootstrap_servers=self._servers,
                 group_id=self._prefix + group,
                 metrics_enabled=False,
@@ -256,7 +259,7 @@ class KafkaBus:
                     raise BusError(f"the bus at {self._where} has been closed in this process")
                 if self._producer is None:
                     self._create_topics()
-                    self._producer = KafkaProducer(bootstrap_servers=self._servers, **PRODUCER)
+                    self._producer = _open(KafkaProducer, bootstrap_servers=self._servers, **PRODUCER)
                 producer = self._producer
             sent = producer.send(self._prefix + topic, key=key, value=value, headers=headers)
             sent.get(timeout=2 * ANSWER_S)
@@ -265,7 +268,7 @@ class KafkaBus:
         """Every record that lies in the topic now."""
         self._create_topics()
         with self._answers(lambda: None):
-            consumer = KafkaConsumer(bootstrap_servers=self._servers, metrics_enabled=False, **CONSUMER)
+            consumer = _open(KafkaConsumer, bootstrap_servers=self._servers, metrics_enabled=False, **CONSUMER)
             try:
                 name = self._prefix + topic
                 partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
@@ -305,7 +308,7 @@ class KafkaBus:
     def _admin(self) -> Iterator[Any]:
         with self._answers(lambda: None):
             self._probe()
-            with KafkaAdminClient(bootstrap_servers=self._servers, **CLIENT) as admin:
+            with _open(KafkaAdminClient, bootstrap_servers=self._servers, **CLIENT) as admin:
                 yield admin
 
     def _probe(self) -> None:
@@ -326,6 +329,7 @@ class KafkaBus:
             yield
         except KafkaError as error:
             forget()
+            self._topics_exist = False  # a broker may come back empty
             raise self._unreachable(error) from error
 
     def _unreachable(self, reason: BaseException | None) -> BusError:
@@ -397,6 +401,7 @@ class _Consumer:
             log.warning("%s went to another consumer while an event of it was handled; it may be handled twice", place)
         except KafkaError:
             self.rewind(record)
+            self.heard_at = -math.inf
             raise
         else:
             self.heard_at = time.monotonic()
@@ -426,6 +431,22 @@ class _Consumer:
 def _record(delivery: Delivery) -> _Record:
     assert isinstance(delivery.token, _Record)
     return delivery.token
+
+
+def _open(kind: Any, **settings: Any) -> Any:
+    """A client of kafka-python; one that cannot bootstrap would leave its thread and its sockets behind."""
+    opened: list[Any] = []
+
+    def connections(**configs: Any) -> Any:
+        opened.append(KafkaNetClient(**configs))
+        return opened[-1]
+
+    try:
+        return kind(kafka_client=connections, **settings)
+    except BaseException:
+        for client in opened:
+            client.close()
+        raise
 
 
 def _address(server: str) -> str:
