@@ -14,6 +14,7 @@ from keras import KerasTensor, layers
 from herald.errors import SignatureMismatch
 from herald.signatures import HEADS, IN_PLANE, PROTOCOL_SLICES
 
+NORM_MOMENTUM = 0.9  # training takes a few hundred steps, which the usual 0.99 would lag behind
 WEIGHTS = Path(__file__).parent / "weights" / "protocol.weights.h5"
 
 
@@ -21,7 +22,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "protocol.weights.h5"
 class ProtocolSizes:
     """Sizes of the network; the defaults are those of the committed weights."""
 
-    channels: tuple[int, ...] = (8, 24, 32, 48, 64, 96)
+    channels: tuple[int, ...] = (8, 16, 32, 48, 64, 96)
     windows: tuple[tuple[float, float], ...] = ((40.0, 160.0), (200.0, 800.0), (500.0, 3000.0))  # (centre, width) in HU
     dropout: float = 0.2
 
@@ -56,7 +57,7 @@ def build(sizes: ProtocolSizes = ProtocolSizes()) -> keras.Model:
         means.append(layers.GlobalAveragePooling3D(name=f"stage{stage}_mean")(x))
     means.append(layers.GlobalMaxPooling3D(name="coarsest_max")(x))
     features = layers.Concatenate(name="features")(means)  # (B, sum of channels + 96)
-    features = layers.BatchNormalization(name="features_norm")(features)
+    features = layers.BatchNormalization(momentum=NORM_MOMENTUM, name="features_norm")(features)
     features = layers.Dropout(sizes.dropout, name="features_dropout")(features)
     outputs = {
         head: layers.Dense(len(labels), activation="softmax", dtype="float32", name=head)(features)
@@ -69,17 +70,17 @@ def _down(x: KerasTensor, channels: int, name: str) -> KerasTensor:
     """2x3x3 convolution: stride 2 in XY with padding, valid in Z, so that z shortens by one."""
     x = layers.ZeroPadding3D((0, 1, 1), name=f"{name}_pad")(x)
     x = layers.Conv3D(channels, (2, 3, 3), strides=(1, 2, 2), use_bias=False, name=f"{name}_conv")(x)
-    x = layers.BatchNormalization(name=f"{name}_norm")(x)
+    x = layers.BatchNormalization(momentum=NORM_MOMENTUM, name=f"{name}_norm")(x)
     return layers.ReLU(name=f"{name}_relu")(x)
 
 
 def _residual(x: KerasTensor, channels: int, name: str) -> KerasTensor:
     """Two 1x3x3 convolutions around which the input is carried unchanged."""
     y = layers.Conv3D(channels, (1, 3, 3), padding="same", use_bias=False, name=f"{name}_conv1")(x)
-    y = layers.BatchNormalization(name=f"{name}_norm1")(y)
+    y = layers.BatchNormalization(momentum=NORM_MOMENTUM, name=f"{name}_norm1")(y)
     y = layers.ReLU(name=f"{name}_relu1")(y)
     y = layers.Conv3D(channels, (1, 3, 3), padding="same", use_bias=False, name=f"{name}_conv2")(y)
-    y = layers.BatchNormalization(name=f"{name}_norm2")(y)
+    y = layers.BatchNormalization(momentum=NORM_MOMENTUM, name=f"{name}_norm2")(y)
     return layers.ReLU(name=f"{name}_relu2")(layers.Add(name=f"{name}_add")([x, y]))
 
 

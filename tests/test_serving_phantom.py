@@ -1,6 +1,7 @@
 """The simulation: truth that fits its pixels, labels that fit its headers, and the same from the same seed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,15 @@ from serving.phantom import (
     draw_acquisition,
     make_subject,
     simulate,
+    write_demo_study,
     write_phantoms,
 )
+from serving.phantom.anatomy import Subject
+
+
+@pytest.fixture(scope="module")
+def plain() -> Subject:
+    return make_subject(np.random.default_rng(4))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def bleeding() -> SimulatedSeries:
 
 
 def test_the_same_seed_gives_the_same_series_and_another_seed_another() -> None:
-    first, again, other = (simulate(seed, slices=8, matrix=64) for seed in (5, 5, 6))
+    first, again, other = (simulate(seed, region="limb", slices=8, matrix=64) for seed in (5, 5, 6))
     assert np.array_equal(first.volume.hounsfield, again.volume.hounsfield)
     assert not np.array_equal(first.volume.hounsfield, other.volume.hounsfield)
 
@@ -58,13 +66,11 @@ def test_an_unknown_kind_of_bleed_is_named_in_the_error() -> None:
         simulate(1, findings={"bruise": 1.0})
 
 
-def test_a_bone_kernel_is_noisier_at_high_frequency_than_a_soft_one() -> None:
-    rng = np.random.default_rng(0)
-    subject = make_subject(rng)
+def test_a_bone_kernel_is_noisier_at_high_frequency_than_a_soft_one(plain: Subject) -> None:
     roughness = {}
     for kernel in HEADS["kernel"]:
-        drawn = draw_acquisition(np.random.default_rng(1), subject, kernel=kernel, slices=8, matrix=256)
-        image = acquire(subject, drawn, np.random.default_rng(2)).volume.hounsfield[4].astype(float)
+        drawn = draw_acquisition(np.random.default_rng(1), plain, kernel=kernel, slices=8, matrix=256)
+        image = acquire(plain, drawn, np.random.default_rng(2)).volume.hounsfield[4].astype(float)
         brain = (image > -60) & (image < 160)
         roughness[kernel] = float(np.median(np.abs(np.diff(image, axis=1))[brain[:, 1:] & brain[:, :-1]]))
     assert roughness["bone"] > 2 * roughness["soft"]
@@ -95,8 +101,12 @@ def test_what_is_not_a_head_is_labelled_other_and_has_no_truth(region: str) -> N
 @pytest.mark.parametrize(
     ("orientation", "tilt"), [("axial", 0.0), ("axial", 20.0), ("coronal", 0.0), ("sagittal", 0.0)]
 )
-def test_written_series_come_back_as_the_same_volume(tmp_path: Path, orientation: str, tilt: float) -> None:
-    series = simulate(4, orientation=orientation, slices=8, matrix=64, tilt_deg=tilt)
+def test_written_series_come_back_as_the_same_volume(
+    plain: Subject, tmp_path: Path, orientation: str, tilt: float
+) -> None:
+    rng = np.random.default_rng(4)
+    drawn = draw_acquisition(rng, plain, orientation=orientation, slices=8, matrix=64)
+    series = acquire(plain, replace(drawn, tilt_deg=tilt), rng)
     write_dicom_series(
         series.volume,
         tmp_path,
@@ -136,3 +146,14 @@ def test_write_phantoms_writes_a_folder_and_a_truth_for_each_series(tmp_path: Pa
         assert isinstance(labels, dict)
         assert ("ContrastBolusAgent" in ds) == (labels["contrast"] == "contrast")
         assert set(labels) == set(HEADS)
+
+
+def test_the_demo_has_one_study_with_a_large_bleed_and_one_without(tmp_path: Path) -> None:
+    bleed, no_bleed = write_demo_study(tmp_path)
+    assert bleed["study_instance_uid"] != no_bleed["study_instance_uid"]
+    findings = bleed["findings"]
+    assert isinstance(findings, dict)
+    assert 20 < findings["iph"]["volume_ml"] < 40
+    assert no_bleed["findings"] == {}
+    ds = dcmread(sorted((tmp_path / "bleed").glob("*.dcm"))[0])
+    assert (ds.Rows, ds.Columns, ds.SliceThickness) == (512, 512, 5)

@@ -293,6 +293,7 @@ def write_demo_study(out: Path, seed: int = 7) -> list[dict[str, object]]:
             centre_mm=(8.0, 12.0, 0.0),
             field_mm=235.0,
             pose_deg=(3.0, 1.0, 4.0),
+            scale=(1.0, 1.0, 1.0),
             tilt_deg=0.0,
             noise=3.5,
             holder="curved",
