@@ -1,0 +1,263 @@
+"""Write the trained models as SavedModels in TensorFlow Serving's layout: `python -m serving.export`.
+
+    models/hemorrhage/1/saved_model.pb               frozen: the weights are constants of the graph
+    models/hemorrhage/1/assets.extra/model.json      version, digest of the weights, calibration
+
+Each has the signature of `herald.signatures` under `serving_default`, of plain TensorFlow ops, so that TensorFlow
+Serving and OpenVINO load the same folder. What has been exported from the same weights and code is left alone.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from herald.errors import ConfigError, SignatureMismatch
+from herald.signatures import (
+    FINDINGS,
+    HEMORRHAGE,
+    IN_PLANE,
+    PROTOCOL,
+    SIGNATURE_NAME,
+    SIGNATURES,
+    Signature,
+    TensorSpec,
+)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TensorFlow's C++ log off stderr: it writes there before anything can be configured."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
+with _quiet():
+    import keras
+    import tensorflow as tf
+    from tensorflow.core.protobuf import saved_model_pb2
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    from serving import hemorrhage, protocol
+
+HERE = Path(__file__).parent
+CARD = "assets.extra/model.json"
+SOURCES = {
+    PROTOCOL.model: [HERE / "protocol.py", HERE / "weights" / "protocol.weights.h5"],
+    HEMORRHAGE.model: [
+        HERE / "hemorrhage.py",
+        HERE / "weights" / "hemorrhage.weights.h5",
+        HERE / "weights" / "hemorrhage.json",
+    ],
+}
+"""What each exported model is made from, besides this file."""
+
+Function = Callable[[tf.Tensor], dict[str, tf.Tensor]]
+
+
+# --- from model to function ------------------------------------------------------------------------------------------
+
+
+def protocol_function(model: keras.Model) -> Function:
+    """`volume` int16 (B, 8, 256, 256) -> the softmax of each head."""
+    return lambda volume: {head: tf.identity(value) for head, value in model(volume, training=False).items()}
+
+
+def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[float]]) -> Function:
+    """`volume` int16 (D, H, W), a whole study -> `mask` uint8, `slice_probability` and `probability`.
+
+    `calibration` holds `scale` and `threshold` for each finding, and `smoothing` of the slices. The outermost slices
+    are repeated to lend context. Planes of another size than 256x256 are resampled, and the mask is sampled back.
+    """
+    scale, threshold = tf.constant(calibration["scale"]), tf.constant(calibration["threshold"])
+    before, here, after = calibration["smoothing"]
+
+    def detect(volume: tf.Tensor) -> dict[str, tf.Tensor]:
+        plane = tf.shape(volume)[1:]  # (2,): H, W
+        x = tf.cast(volume, tf.float32)[..., None]  # (D, H, W, 1)
+        x = tf.image.resize(x, (IN_PLANE, IN_PLANE))[..., 0]  # exact where the size is right already
+        x = tf.concat([x[:1], x[:1], x, x[-1:], x[-1:]], axis=0)  # (D + 4, 256, 256)
+        raw = model(x[None], training=False)
+        mask = tf.image.resize(tf.sigmoid(raw["mask"][0]), plane)  # (D, H, W, C)
+        logits = (raw["slice"][0] + raw["pooled"][0]) / 2  # (D, C)
+        padded = tf.concat([logits[:1], logits, logits[-1:]], axis=0)
+        logits = before * padded[:-2] + here * padded[1:-1] + after * padded[2:]
+        probability = tf.sigmoid(scale * (logits - threshold))  # 0.5 is the operating point
+        probability = tf.minimum(probability, probability[:, :1])  # no kind is likelier than `any`
+        return {
+            "mask": tf.cast(tf.round(mask * 255.0), tf.uint8),
+            "slice_probability": probability,
+            "probability": tf.reduce_max(probability, axis=0),
+        }
+
+    return detect
+
+
+def read_calibration(path: Path) -> dict[str, list[float]]:
+    """`scale`, `threshold`, `smoothing` of hemorrhage.json; raises ConfigError where they do not fit the findings."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        calibration = {key: [float(v) for v in content[key]] for key in ("scale", "threshold", "smoothing")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"calibration {path.name} cannot be read ({error!r}); "
+            "write it: python -m serving.train hemorrhage --evaluate"
+        ) from error
+    if content.get("findings") != list(FINDINGS):
+        raise ConfigError(f"calibration {path.name} is for findings {content.get('findings')}, not {list(FINDINGS)}")
+    return calibration
+
+
+def load_function(name: str) -> Function:
+    """The function of one model with the shipped weights; raises SignatureMismatch or ConfigError."""
+    if name == PROTOCOL.model:
+        return protocol_function(protocol.load())
+    return hemorrhage_function(hemorrhage.load(), read_calibration(SOURCES[name][-1]))
+
+
+# --- to a folder -----------------------------------------------------------------------------------------------------
+
+
+def write_saved_model(function: Function, signature: Signature, folder: Path) -> None:
+    """Freeze `function` and write it to `folder`, which must not exist; raises SignatureMismatch where it differs."""
+    (name, spec), *_ = signature.inputs.items()
+    tensor = tf.TensorSpec(spec.shape, spec.dtype, name=name)
+    traced = tf.function(function, input_signature=[tensor]).get_concrete_function()
+    frozen = convert_variables_to_constants_v2(traced)
+    module = tf.Module()
+    module.frozen = frozen
+
+    def serve(volume: tf.Tensor) -> dict[str, tf.Tensor]:
+        outputs: dict[str, tf.Tensor] = tf.nest.pack_sequence_as(traced.structured_outputs, frozen(volume))
+        return {key: tf.ensure_shape(value, signature.outputs[key].shape) for key, value in outputs.items()
+                if key in signature.outputs}  # fmt: skip
+
+    served = tf.function(serve, input_signature=[tensor]).get_concrete_function()
+    with _quiet():
+        tf.saved_model.save(module, str(folder), signatures={SIGNATURE_NAME: served})
+    check_signature(folder, signature)
+
+
+def check_signature(folder: Path, signature: Signature) -> None:
+    """Raise SignatureMismatch, naming every difference, unless the SavedModel in `folder` keeps the contract."""
+    saved = saved_model_pb2.SavedModel()
+    saved.ParseFromString((folder / "saved_model.pb").read_bytes())
+    definition = saved.meta_graphs[0].signature_def[SIGNATURE_NAME]
+    differences = [
+        f"{kind} {difference}"
+        for kind, found, wanted in (
+            ("input", definition.inputs, signature.inputs),
+            ("output", definition.outputs, signature.outputs),
+        )
+        for difference in _differences({name: _spec(info) for name, info in found.items()}, wanted)
+    ]
+    if differences:
+        raise SignatureMismatch(
+            f"model {signature.model} does not keep herald.signatures: {'; '.join(differences)}; "
+            "correct serving/export.py"
+        )
+
+
+def _spec(info: object) -> TensorSpec:
+    shape = tuple(None if d.size < 0 else d.size for d in info.tensor_shape.dim)  # type: ignore[attr-defined]
+    return TensorSpec(tf.dtypes.as_dtype(info.dtype).name, shape)  # type: ignore[attr-defined]
+
+
+def _differences(found: Mapping[str, TensorSpec], wanted: Mapping[str, TensorSpec]) -> list[str]:
+    return [
+        f"{name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'none')}"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """SHA-256 over the content of `paths`; raises ConfigError naming the first that is missing."""
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{missing[0]} is missing; train the model first: python -m serving.train --help")
+    if len(paths) == 1:
+        return hashlib.sha256(paths[0].read_bytes()).hexdigest()  # as sha256sum prints it
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
+
+
+def export(name: str, models: Path, version: int | None = None, force: bool = False) -> tuple[Path, bool]:
+    """Export one model to `models`/name/version; returns the folder and whether it was written now.
+
+    Without a version, one exported from the same sources is kept, and a new one gets the next number. The folder
+    appears complete or not at all, since a model server may be watching.
+    """
+    sources = SOURCES[name]
+    made_from = digest([Path(__file__), *sources])
+    base = models / name
+    versions = sorted(int(p.name) for p in base.glob("*") if p.name.isdigit())
+    latest = versions[-1] if versions else 0
+    number = version or max(latest, 1)
+    if not force and _made_from(base / str(number)) == made_from:
+        return base / str(number), False
+    if version is None and not force and latest:
+        number = latest + 1
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base, prefix=".writing-") as scratch:
+        folder = Path(scratch) / "model"
+        with _quiet():
+            function = load_function(name)
+        write_saved_model(function, SIGNATURES[name], folder)
+        card = {
+            "model": name,
+            "version": number,
+            "weights_sha256": digest([p for p in sources if p.suffix == ".h5"][:1]),
+            "made_from_sha256": made_from,
+        }
+        if name == HEMORRHAGE.model:
+            card["calibration"] = read_calibration(sources[-1])
+        (folder / CARD).parent.mkdir()
+        (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        target = base / str(number)
+        if target.exists():
+            target.rename(Path(scratch) / "former")
+        folder.rename(target)
+    return target, True
+
+
+def _made_from(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / CARD).read_text(encoding="utf-8"))["made_from_sha256"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export what is asked for; prints one line for each model."""
+    parser = argparse.ArgumentParser(prog="python -m serving.export", description="Export the models for serving.")
+    parser.add_argument("--out", type=Path, default=Path("models"), help="folder of the models (default: models)")
+    parser.add_argument("--only", choices=sorted(SIGNATURES), help="export this model alone")
+    parser.add_argument("--version", type=int, help="version number; default: the next one, if anything changed")
+    parser.add_argument("--force", action="store_true", help="write again what has not changed")
+    args = parser.parse_args(argv)
+    for name in [args.only] if args.only else list(SIGNATURES):
+        try:
+            folder, written = export(name, args.out, args.version, args.force)
+        except (ConfigError, SignatureMismatch) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+        print(f"{name}: {'exported to' if written else 'unchanged in'} {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
