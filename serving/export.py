@@ -47,10 +47,12 @@ def _quiet() -> Iterator[None]:
 
 
 with _quiet():
-    import keras
-    import tensorflow as tf
-    from tensorflow.core.protobuf import saved_model_pb2
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+    import keras  # type: ignore[import-untyped]
+    import tensorflow as tf  # type: ignore[import-untyped]
+    from tensorflow.core.protobuf import saved_model_pb2  # type: ignore[import-untyped]
+    from tensorflow.python.framework.convert_to_constants import (  # type: ignore[import-untyped]
+        convert_variables_to_constants_v2,
+    )
 
     from serving import hemorrhage, protocol
 

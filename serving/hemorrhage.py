@@ -9,7 +9,7 @@ convolutions as deep as what is left of those five slices, and added to the expa
 from dataclasses import dataclass
 from pathlib import Path
 
-import keras
+import keras  # type: ignore[import-untyped]
 from keras import layers, ops
 
 from herald.errors import SignatureMismatch
@@ -47,7 +47,7 @@ class Sizes:
 SIZES = Sizes()
 
 
-class Windows(layers.Layer):
+class Windows(layers.Layer):  # type: ignore[misc]
     """Hounsfield units (..., 1) to one channel in 0..1 for each of MODEL_WINDOWS."""
 
     def call(self, hounsfield: keras.KerasTensor) -> keras.KerasTensor:
@@ -57,7 +57,7 @@ class Windows(layers.Layer):
         return ops.cast(ops.concatenate(channels, axis=-1), self.compute_dtype)
 
 
-class SliceConvolution(layers.Conv3D):
+class SliceConvolution(layers.Conv3D):  # type: ignore[misc]
     """A 3D convolution, valid and of stride 1 in z, worked out as a 2D one over all slices at once.
 
     A kernel of depth k is laid over k neighbouring slices side by side in the channels: the same sums, and on CPUs
@@ -90,7 +90,7 @@ class SliceConvolution(layers.Conv3D):
         )
 
 
-class CropSlices(layers.Layer):
+class CropSlices(layers.Layer):  # type: ignore[misc]
     """Leave out `beyond` slices on either side."""
 
     def __init__(self, beyond: int, **kwargs: object) -> None:
@@ -107,7 +107,7 @@ class CropSlices(layers.Layer):
         return (batch, None if slices is None else slices - 2 * self.beyond, *rest)
 
 
-class FoldSlices(layers.Layer):
+class FoldSlices(layers.Layer):  # type: ignore[misc]
     """Make every slice an image of its own."""
 
     def call(self, x: keras.KerasTensor) -> keras.KerasTensor:
@@ -115,7 +115,7 @@ class FoldSlices(layers.Layer):
         return ops.reshape(x, (-1, *x.shape[2:]))
 
 
-class UnfoldSlices(layers.Layer):
+class UnfoldSlices(layers.Layer):  # type: ignore[misc]
     """Undo FoldSlices: the second input lends its number of slices."""
 
     def call(self, inputs: tuple[keras.KerasTensor, keras.KerasTensor]) -> keras.KerasTensor:
@@ -124,7 +124,7 @@ class UnfoldSlices(layers.Layer):
         return ops.reshape(x, (-1, ops.shape(like)[1], *x.shape[1:]))
 
 
-class TopMean(layers.Layer):
+class TopMean(layers.Layer):  # type: ignore[misc]
     """Mean of the `top` highest logits of each slice, each averaged over `pool` x `pool` pixels before."""
 
     def __init__(self, pool: int, top: int, **kwargs: object) -> None:

@@ -86,16 +86,15 @@ def read_ct_ich(folder: Path, patient: str) -> LabelledVolume:
             slice_truth[i, FINDINGS.index(kind)] = any(int(row[column]) for column in columns)
         slice_truth[i, 0] = slice_truth[i, 1:].any() or mask[i].any()
     truth = np.zeros((*mask.shape, len(FINDINGS)), dtype=np.uint8)
-    truth[..., 0] = mask
-    for i in np.flatnonzero(mask.any(axis=(1, 2))):
+    for i in np.flatnonzero(mask.any(axis=(1, 2))).tolist():
         kinds = 1 + np.flatnonzero(slice_truth[i, 1:])
         truth[i][mask[i][:, :, None] & np.isin(np.arange(len(FINDINGS)), kinds)] = 1 if len(kinds) == 1 else UNKNOWN
     truth[..., 0] = mask
-    for i in np.flatnonzero(slice_truth[:, 0].astype(bool) & ~mask.any(axis=(1, 2))):
+    for i in np.flatnonzero(slice_truth[:, 0].astype(bool) & ~mask.any(axis=(1, 2))).tolist():
         truth[i][..., np.flatnonzero(slice_truth[i])] = UNKNOWN  # a positive slice that nobody outlined
     volume = Volume(
         hounsfield=hounsfield,
-        positions_mm=5.0 * np.arange(len(rows)),
+        positions_mm=np.arange(len(rows), dtype=np.float64) * 5.0,
         pixel_spacing_mm=(CT_ICH_SPACING_MM, CT_ICH_SPACING_MM),
     )
     return LabelledVolume("ct-ich", patient, volume, truth, slice_truth, child=rows[0]["child"] == "1")
@@ -109,7 +108,7 @@ def fuse(brain: NDArray[np.uint8], bone: NDArray[np.uint8]) -> Hounsfield:
     hounsfield = np.where(brain >= high, np.maximum(coarse, fine), fine)
     hounsfield = np.where(brain <= low, np.minimum(coarse, fine), hounsfield)
     hounsfield[bone == 0] = AIR_HOUNSFIELD
-    return np.rint(hounsfield).astype(np.int16)
+    return _as_int16(hounsfield)
 
 
 def _brain_only(brain: NDArray[np.uint8]) -> Hounsfield:
@@ -117,7 +116,7 @@ def _brain_only(brain: NDArray[np.uint8]) -> Hounsfield:
     hounsfield = brain * (CT_ICH_BRAIN.width / 255) + CT_ICH_BRAIN.center - CT_ICH_BRAIN.width / 2
     hounsfield[brain <= 3] = AIR_HOUNSFIELD
     hounsfield[brain >= 252] = BONE_HOUNSFIELD
-    return np.rint(hounsfield).astype(np.int16)
+    return _as_int16(hounsfield)
 
 
 def phe_sich_patients(folder: Path) -> list[str]:
@@ -155,7 +154,7 @@ def read_phe_sich(folder: Path, patient: str) -> LabelledVolume:
         truth[(boxed | doubtful) & ~outlined, ..., finding] = UNKNOWN
     volume = Volume(
         hounsfield=_calibrated(grey),
-        positions_mm=(5.0 if len(rows) < 45 else 2.5) * np.arange(len(rows)),
+        positions_mm=np.arange(len(rows), dtype=np.float64) * (5.0 if len(rows) < 45 else 2.5),
         pixel_spacing_mm=(PHE_SPACING_MM, PHE_SPACING_MM),
     )
     return LabelledVolume("phe-sich", patient, volume, truth, slice_truth)
@@ -178,7 +177,7 @@ def _calibrated(grey: NDArray[np.uint8]) -> Hounsfield:
         tissue = levels > 0
         plane[~tissue] = AIR_HOUNSFIELD
         plane[ndimage.binary_closing(tissue, structure=disk) & ~tissue] = PHE_FAT_HOUNSFIELD
-    return np.rint(hounsfield).astype(np.int16)
+    return _as_int16(hounsfield)
 
 
 SETS = {
@@ -193,6 +192,11 @@ def read_patients(data: Path, source: str) -> Iterator[LabelledVolume]:
     folder, patients, read = SETS[source]
     for patient in patients(data / folder):
         yield read(data / folder, patient)
+
+
+def _as_int16(hounsfield: NDArray[np.floating]) -> Hounsfield:
+    rounded: Hounsfield = np.rint(hounsfield).astype(np.int16)
+    return rounded
 
 
 def _rows(folder: Path) -> dict[str, list[dict[str, str]]]:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import keras
+import keras  # type: ignore[import-untyped]
 import numpy as np
-import tensorflow as tf
+import tensorflow as tf  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -318,7 +318,7 @@ def train(
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY, clipnorm=2.0)
     optimizer.build(model.trainable_variables)
 
-    @tf.function
+    @tf.function  # type: ignore[untyped-decorator]
     def step(
         volume: tf.Tensor, positive: tf.Tensor, unknown: tf.Tensor, truth: tf.Tensor, index: tf.Tensor
     ) -> tf.Tensor:
