@@ -6,7 +6,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from herald.bus import Bus, open_bus
 from herald.config import BusConfig, Config
-from herald.errors import StoreError
+from herald.errors import HeraldError, StoreError
 from herald.events import SeriesReceived
 from herald.store import StudyStore
 from receiver.assembly import SeriesAssembler
@@ -34,6 +34,8 @@ def serve(config: Config, stop: threading.Event) -> None:
             resumed.result(RESUME_WAIT_S)
         except FutureTimeoutError:
             log.warning("the ledger does not answer yet; receiving without it, rows follow")
+        except HeraldError as error:
+            log.error("what the last run left cannot be taken up: %s; receiving all the same", error)
         server.start()
         try:
             stop.wait()

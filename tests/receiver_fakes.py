@@ -150,7 +150,7 @@ def association(port: int, contexts: Iterable[tuple[str, str]] = (), **kwargs: A
     assoc = ae.associate(
         "127.0.0.1", port, ae_title="HERALD", contexts=[build_context(a, s) for a, s in proposed], **kwargs
     )
-    connection = assoc.dul.socket.socket if assoc.dul.socket is not None else None
+    connection = assoc.dul.socket.socket if assoc.is_established and assoc.dul.socket is not None else None
     try:
         yield assoc
     finally:

@@ -179,6 +179,24 @@ def test_interleaved_series_over_two_associations_stay_apart(tmp_path: Path) -> 
     assert [(event.revision, event.instance_count) for event in events] == [(1, 10)] * 2
 
 
+def test_a_series_closes_when_its_association_is_aborted_after_the_last_image(tmp_path: Path) -> None:
+    with receiving(config_under(tmp_path)) as receiver:
+        with association(receiver.port) as assoc:
+            for image in ct_series(8):
+                assert assoc.send_c_store(image).Status == 0
+            assoc.abort()
+        (event,) = receiver.bus.wait_for(1)
+    assert (event.close_reason, event.instance_count) == ("released-and-even", 8)
+
+
+def test_one_association_per_image_makes_one_series(tmp_path: Path) -> None:
+    with receiving(config_under(tmp_path, settle_s=2.0)) as receiver:
+        for image in ct_series(12):
+            assert send_all(receiver.port, [image]) == [0]
+        (event,) = receiver.bus.wait_for(1, timeout_s=20.0)
+    assert (event.revision, event.close_reason, event.instance_count) == (1, "released-and-even", 12)
+
+
 def test_two_studies_that_share_a_series_uid_stay_apart(tmp_path: Path) -> None:
     scout = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     mine, theirs = (ct_slice(study, "1.2.9", 0.0, ImageType=scout) for study in ("1.2.3", "1.2.4"))
