@@ -109,6 +109,7 @@ def test_the_session_cookie_is_out_of_reach_of_scripts_and_other_sites(tmp_path,
     with open_site(tmp_path, public_url=url) as site:
         answer = site.app.test_client().post("/login", data={"name": "rita", "password": PASSWORD})
         cookie = answer.headers["Set-Cookie"]
+        assert ("Strict-Transport-Security" in answer.headers) == secure
         assert "HttpOnly" in cookie
         assert "SameSite=Lax" in cookie
         assert ("Secure" in cookie) == secure

@@ -4,7 +4,7 @@ import logging
 from datetime import timedelta
 from http import HTTPStatus
 
-from flask import Flask, Response, jsonify, render_template, request
+from flask import Flask, Response, current_app, jsonify, render_template, request
 from flask.typing import ResponseReturnValue
 from flask_login import current_user  # type: ignore[import-untyped]
 from flask_wtf.csrf import CSRFError, CSRFProtect  # type: ignore[import-untyped]
@@ -155,6 +155,6 @@ def _secure(response: Response) -> Response:
     response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
     if request.endpoint != "static" and "Cache-Control" not in response.headers:
         response.headers["Cache-Control"] = "no-store"
-    if request.is_secure:
+    if current_app.config["SESSION_COOKIE_SECURE"]:  # TLS may end at a proxy before us
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
     return response

@@ -43,6 +43,9 @@ def serve(config: Config, stop: threading.Event) -> None:
             clear_untrusted_proxy_headers=True,
         )
     except OSError as error:
+        wasyncore.close_all(sockets, ignore_all=True)
+        bus.close()
+        ledger.close()
         raise ConfigError(
             f"the web UI cannot listen on {config.webui.host}:{config.webui.port}: {error.strerror}; "
             "change webui.host or webui.port, or stop what listens there"
@@ -52,7 +55,7 @@ def serve(config: Config, stop: threading.Event) -> None:
     log.info("web UI on http://%s:%d", config.webui.host, config.webui.port)
     try:
         while not stop.is_set():
-            wasyncore.loop(timeout=LOOK_S, map=sockets, count=1)
+            wasyncore.loop(timeout=LOOK_S, use_poll=True, map=sockets, count=1)
     finally:
         stop.set()
         _drain(sockets)
@@ -88,4 +91,4 @@ def _drain(sockets: dict[int, Any]) -> None:
     while time.monotonic() < deadline and any(
         isinstance(s, HTTPChannel) and (s.requests or s.total_outbufs_len) for s in sockets.values()
     ):
-        wasyncore.loop(timeout=LOOK_S, map=sockets, count=1)
+        wasyncore.loop(timeout=LOOK_S, use_poll=True, map=sockets, count=1)
