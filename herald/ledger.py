@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Connection,
@@ -74,7 +75,7 @@ instances = Table(
     Column("sop_class_uid", _uid, nullable=False),
     Column("transfer_syntax_uid", _uid, nullable=False),
     Column("sha256", String(64), nullable=False, comment="of the whole file"),
-    Column("size_bytes", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
     Column("conflict", Boolean, nullable=False, default=False, comment="same UID came before with other bytes"),
     Column("copies", Integer, nullable=False, default=1, comment="how often these bytes were sent"),
     Column("calling_ae_title", String(16), nullable=False),

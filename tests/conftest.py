@@ -64,7 +64,7 @@ def running_kafka(data: Path) -> Iterator[KafkaBroker]:
     """A broker for the block; without Java and Maven a laptop skips, and CI fails."""
     missing = [program for program in ("java", "mvn") if shutil.which(program) is None]
     if missing:
-        message = f"no real Kafka broker without {' and '.join(missing)}; `make setup` installs them"
+        message = f"no real Kafka broker without {' and '.join(missing)}; `make tools` installs them"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
@@ -113,7 +113,7 @@ def running_postgres(data: Path) -> Iterator[str]:
     """SQLAlchemy URL of a private PostgreSQL cluster; without Debian's package a laptop skips, and CI fails."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not programs:
-        message = "no real PostgreSQL without Debian's package postgresql; `make setup` installs it"
+        message = "no real PostgreSQL without Debian's package postgresql; `make tools` installs it"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)

@@ -467,7 +467,7 @@ def test_a_clean_stop_finishes_what_is_being_stored_and_leaves_open_series_to_th
 def dcmtk(program: str) -> str:
     path = shutil.which(program)
     if path is None:
-        message = f"dcmtk's {program} is missing; `make setup` installs it"
+        message = f"dcmtk's {program} is missing; `make tools` installs it"
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)

@@ -59,7 +59,7 @@ def run(port: int, data: Path) -> None:
     """Become the broker: format `data` when it is new, then replace this process by Java's, until it is signalled."""
     missing = missing_programs()
     if missing:
-        sys.exit(f"{' and '.join(missing)} not found: install Java 17 and Maven (`make setup` does)")
+        sys.exit(f"{' and '.join(missing)} not found: install Java 17 and Maven (`make tools` does)")
     fetch_jars()
     data.mkdir(parents=True, exist_ok=True)
     properties = data / "server.properties"
