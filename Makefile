@@ -15,8 +15,8 @@ $(VENV)/installed: pyproject.toml deploy/setup-venv.sh
 	bash deploy/setup-venv.sh $(VENV) $(PYTHON)
 	touch $@
 
-models: setup  ## Export the trained models as SavedModels into models/
-	$(BIN)/python -m serving.export --out models
+models: setup  ## Export the trained models as SavedModels, where `herald run` looks for them
+	$(BIN)/python -m serving.export
 
 demo: models  ## Run the whole node, send it two simulated head CT studies, show triage, page and review URL
 	$(BIN)/herald demo
@@ -40,4 +40,4 @@ train: setup  ## Train both models from their seeds (reads ../shared/data)
 	$(BIN)/python -m serving.train hemorrhage --all
 
 clean:  ## Remove what make made, but not data
-	rm -rf $(VENV) models .kafka build *.egg-info
+	rm -rf $(VENV) herald-data/models .kafka build *.egg-info

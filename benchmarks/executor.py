@@ -118,7 +118,7 @@ def latest(root: Path, name: str) -> Path | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of SavedModels")
+    parser.add_argument("--models", type=Path, default=Path("herald-data/models"), help="folder of SavedModels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--slices", type=int, default=32, help="slices of the study for the haemorrhage model")

@@ -103,7 +103,7 @@ def _settings(data_dir: Path) -> dict[str, str]:
         "HERALD_RECEIVER__PORT": str(scp),
         "HERALD_STORE__MIN_FREE_GB": "0.5",
         "HERALD_SERVING__PORT": str(serving),
-        "HERALD_SERVING__MODELS": str(Path("models").absolute()),
+        "HERALD_SERVING__MODELS": str(load_config(None, os.environ).serving.models),
         "HERALD_ROUTER__SERVING_ADDRESS": f"127.0.0.1:{serving}",
         "HERALD_NOTIFIER__MODE": "live",
         "HERALD_NOTIFIER__STEPS": json.dumps([{"to": RECIPIENT, "channel": "smtp"}]),

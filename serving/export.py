@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from herald.config import load_config
 from herald.errors import ConfigError, SignatureMismatch
 from herald.signatures import (
     FINDINGS,
@@ -246,14 +247,15 @@ def _made_from(folder: Path) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export what is asked for; prints one line for each model."""
     parser = argparse.ArgumentParser(prog="python -m serving.export", description="Export the models for serving.")
-    parser.add_argument("--out", type=Path, default=Path("models"), help="folder of the models (default: models)")
+    parser.add_argument("--out", type=Path, help="folder of the models (default: serving.models of herald.toml)")
     parser.add_argument("--only", choices=sorted(SIGNATURES), help="export this model alone")
     parser.add_argument("--version", type=int, help="version number; default: the next one, if anything changed")
     parser.add_argument("--force", action="store_true", help="write again what has not changed")
     args = parser.parse_args(argv)
+    models = args.out or load_config().serving.models
     for name in [args.only] if args.only else list(SIGNATURES):
         try:
-            folder, written = export(name, args.out, args.version, args.force)
+            folder, written = export(name, models, args.version, args.force)
         except (ConfigError, SignatureMismatch) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1

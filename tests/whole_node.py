@@ -20,7 +20,7 @@ from herald.node import SERVICES, Supervisor
 from herald.send import SendReport, send
 from herald.smtp_sink import SmtpSink
 
-MODELS = Path(__file__).parent.parent / "models"
+MODELS = Path(__file__).parent.parent / "herald-data" / "models"
 TOKEN = "token-of-the-tests"
 SECRET_KEY = "secret-key-of-the-tests"
 TIMEOUT_S = 120.0
