@@ -38,7 +38,7 @@ from serving.phantom.scanner import Acquisition, develop
 # --- hyperparameters, each with its reason ---------------------------------------------------------------------------
 
 SEED = 2026
-STEPS = 340  # about twelve minutes on two shared cores
+STEPS = 300  # about twelve minutes on two shared cores
 BATCH = 6  # small, for many steps in little time; large enough for batch normalisation over eight slices
 LEARNING_RATE = (
     2e-3  # Adam, warmed up and falling along a cosine to a hundredth: usual for a small network from scratch
@@ -417,23 +417,25 @@ class Source:
         return np.stack([volume for volume, _ in drawn]), targets, weights
 
 
-def train(source: Source, weights: Path, steps: int) -> None:
-    """Train from scratch for `steps` batches and save the weights."""
+def train(source: Source, weights: Path, steps: int, first: int = 0) -> None:
+    """Train for `steps` batches from number `first` on and save the weights; from scratch where `first` is 0."""
     import keras  # type: ignore[import-untyped]
     import tensorflow as tf  # type: ignore[import-untyped]
 
-    from serving.protocol import build
+    from serving.protocol import build, load
 
     tf.config.threading.set_intra_op_parallelism_threads(2)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(SEED)
-    model = build()
+    model = load(weights) if first else build()
     rate = keras.optimizers.schedules.CosineDecay(
         LEARNING_RATE / 10, steps - steps // 20, 0.01, warmup_target=LEARNING_RATE, warmup_steps=steps // 20
     )
     model.compile(
         optimizer=keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY, clipnorm=1.0),
         loss={head: keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING) for head in HEADS},
+        loss_weights={head: 2.0 if head == "contrast" else 1.0 for head in HEADS},  # it is learned last
+        jit_compile=False,  # XLA is several times slower than oneDNN on a CPU
         weighted_metrics={head: [keras.metrics.CategoricalAccuracy(name="accuracy")] for head in HEADS},
     )
 
@@ -444,7 +446,7 @@ def train(source: Source, weights: Path, steps: int) -> None:
         def __getitem__(
             self, step: int
         ) -> tuple[NDArray[np.int16], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-            return source.batch(step)
+            return source.batch(first + step)
 
     model.fit(Steps(workers=1, max_queue_size=6), epochs=1, shuffle=False, verbose=1)
     bare = build()  # without the optimizer's variables
@@ -559,6 +561,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the simulated series")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights to write or to evaluate")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
+    parser.add_argument("--first", type=int, default=0, help="number of the first step: beyond 0, go on from --weights")
     parser.add_argument("--prepare", action="store_true", help="only simulate the training series")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate")
     parser.add_argument(
@@ -570,6 +573,6 @@ def main(argv: Sequence[str]) -> int:
         pools = prepare(options.cache, options.data)
         if options.prepare:
             return 0
-        train(Source(pools), options.weights, options.steps)
+        train(Source(pools), options.weights, options.steps, options.first)
     evaluate(predictor(options.weights), options.data, options.sets, console)
     return 0
