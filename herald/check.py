@@ -2,6 +2,7 @@
 
 import shutil
 import smtplib
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,15 +53,18 @@ def _outcome(what: str, ask: Callable[[Config], str], config: Config) -> Outcome
 
 def _receiver(config: Config) -> str:
     host = "127.0.0.1" if config.receiver.host == "0.0.0.0" else config.receiver.host
+    where = f"{config.receiver.ae_title}@{host}:{config.receiver.port}"
+    try:
+        socket.create_connection((host, config.receiver.port), TIMEOUT_S).close()
+    except OSError as error:
+        raise ChannelUnavailable(f"{where} does not listen ({error}); start it with `herald run receiver`") from error
     ae = AE(ae_title="HERALD-CHECK")
     ae.add_requested_context(Verification)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = TIMEOUT_S
     assoc = ae.associate(host, config.receiver.port, ae_title=config.receiver.ae_title)
-    where = f"{config.receiver.ae_title}@{host}:{config.receiver.port}"
     if not assoc.is_established:
         raise ChannelUnavailable(
-            f"{where} does not accept an association; start it with `herald run receiver`, and if "
-            "receiver.allowed_calling_ae_titles is set, add HERALD-CHECK to it"
+            f"{where} does not accept an association; if receiver.allowed_calling_ae_titles is set, add HERALD-CHECK"
         )
     status = assoc.send_c_echo()
     assoc.release()

@@ -56,8 +56,8 @@ def run_demo(dicom: Path | None, once: bool, as_json: bool, data: Path | None, t
     """Run the demonstration; returns the exit status, 0 when every series has its disposition."""
     with ExitStack() as stack:
         demo = stack.enter_context(_running_node(data))
-        folder = dicom or _simulated(demo.config.node.data_dir / "simulated")
-        report = _send(folder, demo.config)
+        files = _files(dicom) if dicom else _simulated(demo.config.node.data_dir / "simulated")
+        report = _send(files, demo.config)
         with console.status("waiting for every series to get its disposition"):
             complete = _wait(demo, _series_of(report), timeout_s)
         told = _told(demo, _series_of(report))
@@ -184,19 +184,23 @@ def _start(config: Config, environment: Mapping[str, str], stack: ExitStack) -> 
 # --- sending and waiting ---------------------------------------------------------------------------------------------
 
 
-def _simulated(folder: Path) -> Path:
+def _simulated(folder: Path) -> list[Path]:
     from serving.phantom import write_demo_study
 
     with console.status("simulating two head CT studies, one with a haemorrhage"):
         write_demo_study(folder)
-    return folder
+    return sorted(folder.rglob("*.dcm"))
 
 
-def _send(folder: Path, config: Config) -> SendReport:
-    """Send every file below the folder with a progress bar; what is no DICOM is named and passed over."""
+def _files(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
-    if not files:
+    if not files or not folder.exists():
         raise NotDicomError(f"{folder} holds no file; give a folder of DICOM files")
+    return files
+
+
+def _send(files: list[Path], config: Config) -> SendReport:
+    """Send the files with a progress bar; what is no DICOM is named and passed over."""
     to = f"{config.receiver.ae_title}@127.0.0.1:{config.receiver.port}"
     with Progress(
         TextColumn("C-STORE to " + to), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -206,7 +210,7 @@ def _send(folder: Path, config: Config) -> SendReport:
     for outcome in report.failed:
         console.print(f"[yellow]{outcome.path.name}: {outcome.error}")
     if not report.stored:
-        raise DemoError(f"nothing under {folder} could be sent")
+        raise DemoError("none of the files could be sent; the reasons are above")
     return report
 
 

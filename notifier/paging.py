@@ -65,6 +65,7 @@ class Paging:
         self._now = now
         self._jitter = jitter
         self._lock = threading.Lock()  # around transactions, never around sending
+        self._settling = threading.Lock()  # around looking for an unrecorded attempt and recording it
         self._sending: set[str] = set()
         self._unrecorded: dict[str, tuple[Page, _Attempt]] = {}  # made while the ledger was away
         self._wake = threading.Event()
@@ -174,12 +175,13 @@ class Paging:
 
     def _settle(self, page_id: str) -> str | None:
         """Record the attempt of a page; until the ledger has taken it, the page is not attempted again."""
-        made = self._unrecorded.get(page_id)
-        if made is None:  # the other thread was faster
-            return None
-        following = self._record(*made)
-        self._unrecorded.pop(page_id, None)
-        return following
+        with self._settling:
+            made = self._unrecorded.get(page_id)
+            if made is None:  # the other thread was faster
+                return None
+            following = self._record(*made)
+            del self._unrecorded[page_id]
+            return following
 
     def _claim(self, page_id: str) -> Page | None:
         """Mark the attempt in the ledger; None when there is nothing to send now."""

@@ -744,3 +744,24 @@ TestPagingUnderFire = PagingUnderFire.TestCase
 TestPagingUnderFire.settings = settings(
     max_examples=20, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_an_attempt_is_recorded_once_though_clock_and_handler_see_it_at_the_same_time(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock: list[threading.Thread] = []
+    recorded = []
+    note_delivery = record.note_delivery
+
+    def while_the_clock_ticks(*arguments: Any, **facts: Any) -> None:
+        if not clock:
+            clock.append(threading.Thread(target=night.paging.tick))
+            clock[0].start()
+            clock[0].join(0.3)  # long enough to be caught between the two
+        recorded.append(facts["outcome"])
+        note_delivery(*arguments, **facts)
+
+    monkeypatch.setattr(record, "note_delivery", while_the_clock_ticks)
+    night.paging.on_triaged(triaged())
+    clock[0].join()
+    assert recorded == ["sent"]
