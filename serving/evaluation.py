@@ -58,6 +58,14 @@ def sensitivity_threshold(scores: Scores, truth: Truth, sensitivity: float) -> f
     return (edge + float(below.max())) / 2 if len(below) else edge - 1e-3
 
 
+def operating_point(scores: Scores, truth: Truth, sensitivity: float, specificity: float) -> float:
+    """The threshold that reaches `sensitivity`, or the lowest that keeps `specificity` where both cannot be had."""
+    negatives = np.sort(scores[~truth])
+    allowed = int(np.floor((1 - specificity) * len(negatives) + 1e-9))  # false positives
+    edge = float(negatives[-allowed - 1]) + 1e-3 if len(negatives) else -np.inf
+    return max(sensitivity_threshold(scores, truth, sensitivity), edge) if truth.any() else float(negatives[-1]) + 1e-3
+
+
 def platt(scores: Scores, truth: Truth) -> tuple[float, float]:
     """Scale and bias of the logistic regression of `truth` on `scores`, barely regularised."""
     sign = np.where(truth, 1.0, -1.0)

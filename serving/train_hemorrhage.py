@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from herald.errors import ConfigError
 from herald.signatures import CONTEXT_SLICES, FINDINGS, IN_PLANE
 from herald.volume import Placement, detection_input
-from serving.evaluation import auc, bootstrap_interval, platt, sensitivity_threshold, wilson
+from serving.evaluation import auc, bootstrap_interval, operating_point, platt, wilson
 from serving.hemorrhage import WEIGHTS, build
 from serving.phantom import draw_findings, simulate
 from serving.readers import SETS, UNKNOWN, LabelledVolume
@@ -54,7 +54,8 @@ SIMULATED = 16  # heads, half of them bleeding
 VOXEL_POSITIVE_WEIGHT = 3.0  # blood is 1 voxel in 500
 FINDING_WEIGHTS = (1.0, 0.4, 0.3, 0.4, 0.5)  # `any` decides whether somebody is paged
 DICE_WEIGHT, VOXEL_WEIGHT, SLICE_WEIGHT, POOLED_WEIGHT = 0.5, 4.0, 0.5, 0.7
-TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse than an extra look
+TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse than an extra look ...
+LEAST_SPECIFICITY = 0.8  # ... but a reader who is paged for every fifth healthy patient stops looking
 SMOOTHING = (0.25, 0.5, 0.25)  # over neighbouring slices, since blood rarely fills just one
 
 # Augmentation. One crop is changed as a whole; every set alike, so that the look of a set does not give its label away.
@@ -386,10 +387,11 @@ def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -
     return SMOOTHING[0] * padded[:-2] + SMOOTHING[1] * padded[1:-1] + SMOOTHING[2] * padded[2:]
 
 
-def evaluate(folder: Path, how: str) -> dict[str, object]:
-    """Calibration and metrics from the scores in `folder`; raises ConfigError where there are none."""
+def evaluate(folder: Path) -> dict[str, object]:
+    """Calibration and metrics from the scores of folds in `folder`; raises ConfigError where there are none."""
     studies = []
-    for path in sorted(folder.glob("*.npz")):
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fold*/run.json"))]
+    for path in sorted(folder.glob("fold*/*.npz")):
         with np.load(path) as file:
             fields = {name: file[name] for name in file.files}
         fields["source"] = path.stem.rpartition("_")[0]
@@ -397,7 +399,7 @@ def evaluate(folder: Path, how: str) -> dict[str, object]:
         studies.append(fields)
     mixed = [s for s in studies if s["source"] == "ct-ich"]
     if not mixed:
-        raise ConfigError(f"no scores in {folder}; run --fold 0, 1 and 2 first")
+        raise ConfigError(f"no scores in {folder}; run --fold 0, --fold 1 and --fold 2 first")
 
     thresholds, scales = [], []
     for c in range(len(FINDINGS)):
@@ -405,8 +407,8 @@ def evaluate(folder: Path, how: str) -> dict[str, object]:
         study_truth = np.array([(s["slice_truth"][:, c] == 1).any() for s in mixed])
         slices = np.concatenate([s["logits"][:, c] for s in mixed])
         truth = np.concatenate([s["slice_truth"][:, c] == 1 for s in mixed])
-        thresholds.append(sensitivity_threshold(study_score, study_truth, TARGET_SENSITIVITY))
-        scales.append(float(np.clip(platt(slices, truth)[0], 0.5, 2.0)))
+        thresholds.append(operating_point(study_score, study_truth, TARGET_SENSITIVITY, LEAST_SPECIFICITY))
+        scales.append(float(np.clip(platt(slices, truth)[0], 0.5, 2.0)) if truth.any() else 1.0)
     metrics: dict[str, object] = {}
     for name, group in (
         ("ct-ich", mixed),
@@ -422,7 +424,8 @@ def evaluate(folder: Path, how: str) -> dict[str, object]:
         "scale": scales,
         "threshold": thresholds,
         "smoothing": list(SMOOTHING),
-        "obtained": how,
+        "obtained": f"patients kept aside from training, {len(runs)} of {FOLDS} folds",
+        "runs": runs,
         "metrics": metrics,
     }
 
@@ -468,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prepare", action="store_true", help="only prepare the data")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--work", type=Path, default=Path(".work/hemorrhage"), help="cache and scores")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where --all writes")
+    parser.add_argument("--weights", type=Path, help="where to write the weights instead")
     parser.add_argument("--start", type=Path, help="weights to start from, instead of from scratch")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=SEED)
@@ -481,12 +484,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         folds = fold_of(patients)
         kept = [p for p in patients if folds[p.source, p.patient] != args.fold or p.source == "simulated"]
         aside = [p for p in patients if folds[p.source, p.patient] == args.fold and p.source != "simulated"]
-        weights = args.work / f"fold{args.fold}.weights.h5"
+        weights = args.weights or args.work / f"fold{args.fold}.weights.h5"
+        scores = args.work / "scores" / f"fold{args.fold}"
         train(kept, weights, args.steps, args.seed + args.fold, f"fold {args.fold}", args.start)
-        score(weights, aside, args.work / "scores", f"scoring fold {args.fold}")
+        score(weights, aside, scores, f"scoring fold {args.fold}")
+        run = {"fold": args.fold, "steps": args.steps, "seed": args.seed + args.fold, "trained_on": len(kept)}
+        (scores / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     if args.all:
-        train(patients, args.weights, args.steps, args.seed, "all patients", args.start)
+        train(patients, args.weights or WEIGHTS, args.steps, args.seed, "all patients", args.start)
     if args.evaluate:
-        result = evaluate(args.work / "scores", f"{FOLDS} folds by patient, {args.steps} steps each, seed {args.seed}")
+        result = evaluate(args.work / "scores")
         CALIBRATION.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         Console(stderr=True).print_json(json.dumps(result))

@@ -1,0 +1,185 @@
+import hashlib
+import json
+from pathlib import Path
+
+import keras
+import numpy as np
+import openvino
+import pytest
+import tensorflow as tf
+
+from herald.errors import ConfigError, SignatureMismatch
+from herald.signatures import FINDINGS, HEMORRHAGE, PROTOCOL
+from serving import export as exporting
+from serving.export import export, hemorrhage_function, main, protocol_function, read_calibration, write_saved_model
+from serving.hemorrhage import Sizes, build
+
+SMALL = Sizes(widths=(3, 4, 6, 6, 8), blocks=(0, 1, 0, 0, 1))
+CALIBRATION = {
+    "scale": [1.0, 0.8, 0.7, 0.9, 1.2],
+    "threshold": [0.1, -0.2, 0.3, 0.0, -0.1],
+    "smoothing": [0.25, 0.5, 0.25],
+}
+
+# keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def small() -> keras.Model:
+    keras.utils.set_random_seed(5)
+    return build(SMALL)
+
+
+@pytest.fixture(scope="module")
+def saved(small: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "hemorrhage" / "1"
+    folder.parent.mkdir()
+    write_saved_model(hemorrhage_function(small, CALIBRATION), HEMORRHAGE, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_tensorflow(saved: Path):
+    loaded = tf.saved_model.load(str(saved))
+    return lambda volume: {
+        name: value.numpy() for name, value in loaded.signatures["serving_default"](volume=tf.constant(volume)).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def by_openvino(saved: Path):
+    compiled = openvino.compile_model(openvino.convert_model(str(saved)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(volume: np.ndarray) -> dict[str, np.ndarray]:
+        result = compiled({"volume": volume})
+        return {port.get_any_name(): result[port] for port in compiled.outputs}
+
+    return run
+
+
+def head(slices: int, rows: int = 256, columns: int = 256) -> np.ndarray:
+    rng = np.random.default_rng(slices)
+    return rng.normal(40, 40, (slices, rows, columns)).astype(np.int16)
+
+
+@pytest.mark.parametrize("slices", [1, 3, 60])
+def test_tensorflow_and_openvino_give_the_same_for_any_number_of_slices(by_tensorflow, by_openvino, slices):
+    volume = head(slices)
+    one, other = by_tensorflow(volume), by_openvino(volume)
+    assert set(one) == set(HEMORRHAGE.outputs)
+    assert one["mask"].shape == (slices, 256, 256, len(FINDINGS))
+    assert one["mask"].dtype == np.uint8
+    assert one["slice_probability"].shape == (slices, len(FINDINGS))
+    for name in ("slice_probability", "probability"):
+        np.testing.assert_allclose(one[name], other[name], atol=1e-4)
+    assert np.abs(one["mask"].astype(int) - other["mask"].astype(int)).max() <= 1
+
+
+def test_the_outermost_slices_are_repeated_to_lend_context(small, by_tensorflow):
+    volume = head(4)
+    padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32)
+    mask = 1 / (1 + np.exp(-np.asarray(small(padded, training=False)["mask"])[0]))
+    np.testing.assert_allclose(by_tensorflow(volume)["mask"], mask * 255, atol=0.51)
+
+
+def test_calibration_puts_the_operating_point_at_one_half(small, by_tensorflow):
+    volume = head(4)
+    padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32)
+    raw = small(padded, training=False)
+    logits = (np.asarray(raw["slice"]) + np.asarray(raw["pooled"]))[0] / 2
+    p = np.pad(logits, ((1, 1), (0, 0)), mode="edge")
+    logits = 0.25 * p[:-2] + 0.5 * p[1:-1] + 0.25 * p[2:]
+    wanted = 1 / (1 + np.exp(-np.array(CALIBRATION["scale"]) * (logits - np.array(CALIBRATION["threshold"]))))
+    wanted = np.minimum(wanted, wanted[:, :1])
+    out = by_tensorflow(volume)
+    np.testing.assert_allclose(out["slice_probability"], wanted, atol=1e-4)
+    np.testing.assert_allclose(out["probability"], wanted.max(axis=0), atol=1e-4)
+
+
+def test_no_kind_of_bleed_is_likelier_than_any(by_tensorflow):
+    for seed in range(3):
+        probability = by_tensorflow(head(5 + seed))["probability"]
+        assert probability[0] >= probability[1:].max()
+
+
+def test_planes_of_another_size_are_resampled_and_the_mask_comes_back_on_them(by_tensorflow, by_openvino):
+    small_plane = head(3)
+    doubled = small_plane.repeat(2, axis=1).repeat(2, axis=2)
+    one, other = by_tensorflow(doubled), by_openvino(doubled)
+    assert one["mask"].shape == (3, 512, 512, len(FINDINGS))
+    np.testing.assert_allclose(one["probability"], by_tensorflow(small_plane)["probability"], atol=1e-4)
+    np.testing.assert_allclose(one["probability"], other["probability"], atol=1e-4)
+
+
+def test_a_model_that_breaks_the_contract_is_refused_with_every_difference(tmp_path):
+    def wrong(volume: tf.Tensor) -> dict[str, tf.Tensor]:
+        batch = tf.shape(volume)[0]
+        return {"contrast": tf.zeros((batch, 2)), "region": tf.zeros((batch, 2), tf.float64)}
+
+    with pytest.raises(SignatureMismatch, match=r"(?s)kernel is missing.*orientation is missing.*region is .*float64"):
+        write_saved_model(wrong, PROTOCOL, tmp_path / "1")
+
+
+def test_the_protocol_model_keeps_its_signature(tmp_path):
+    from serving import protocol
+
+    write_saved_model(protocol_function(protocol.build()), PROTOCOL, tmp_path / "1")
+    loaded = tf.saved_model.load(str(tmp_path / "1")).signatures["serving_default"]
+    out = loaded(volume=tf.zeros((2, 8, 256, 256), tf.int16))
+    assert {name: tuple(value.shape) for name, value in out.items()} == {
+        "contrast": (2, 2), "orientation": (2, 3), "kernel": (2, 2), "region": (2, 2)
+    }  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path, small: keras.Model, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sources of a haemorrhage model that is quick to export."""
+    weights, calibration = tmp_path / "hemorrhage.weights.h5", tmp_path / "hemorrhage.json"
+    small.save_weights(weights)
+    calibration.write_text(json.dumps({"findings": list(FINDINGS), **CALIBRATION}))
+    monkeypatch.setitem(exporting.SOURCES, "hemorrhage", [weights, calibration])
+    monkeypatch.setattr(exporting.hemorrhage, "load", lambda: small)
+    return tmp_path
+
+
+def test_what_is_exported_already_is_left_alone_and_a_change_gets_the_next_number(project, capsys):
+    models = project / "models"
+    folder, written = export("hemorrhage", models)
+    assert (folder, written) == (models / "hemorrhage" / "1", True)
+    assert export("hemorrhage", models) == (folder, False)
+    assert main(["--out", str(models), "--only", "hemorrhage"]) == 0
+    assert "unchanged" in capsys.readouterr().out
+
+    calibration = {"findings": list(FINDINGS), **CALIBRATION, "threshold": [1.0] * 5}
+    (project / "hemorrhage.json").write_text(json.dumps(calibration))
+    folder, written = export("hemorrhage", models)
+    assert (folder.name, written) == ("2", True)
+    assert sorted(p.name for p in (models / "hemorrhage").iterdir()) == ["1", "2"]
+    card = json.loads((folder / "assets.extra" / "model.json").read_text())
+    assert card["version"] == 2
+    assert card["calibration"]["threshold"] == [1.0] * 5
+    assert card["weights_sha256"] == hashlib.sha256((project / "hemorrhage.weights.h5").read_bytes()).hexdigest()
+
+
+def test_a_failed_export_leaves_the_former_version_and_no_litter(project, monkeypatch):
+    folder, _ = export("hemorrhage", project / "models")
+    monkeypatch.setattr(exporting, "write_saved_model", lambda *_: (_ for _ in ()).throw(SignatureMismatch("broken")))
+    with pytest.raises(SignatureMismatch, match="broken"):
+        export("hemorrhage", project / "models", version=1, force=True)
+    assert [p.name for p in folder.parent.iterdir()] == ["1"]
+    assert (folder / "saved_model.pb").is_file()
+
+
+def test_missing_weights_are_named_on_stderr(project, capsys):
+    (project / "hemorrhage.weights.h5").unlink()
+    assert main(["--out", str(project / "models"), "--only", "hemorrhage"]) == 1
+    assert "hemorrhage.weights.h5 is missing; train the model first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"scale": [1], "threshold": "x", "smoothing": []}'])
+def test_a_calibration_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / "hemorrhage.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"hemorrhage\.json cannot be read"):
+        read_calibration(path)

@@ -1,0 +1,254 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from herald.errors import ConfigError, SignatureMismatch
+from herald.signatures import FINDINGS
+from serving import hemorrhage
+from serving.evaluation import auc, bootstrap_interval, operating_point, platt, sensitivity_threshold, wilson
+from serving.hemorrhage import Sizes, build
+from serving.readers import UNKNOWN
+from serving.train_hemorrhage import FOLDS, OUTPUT_SLICES, Prepared, Sampler, augment, evaluate, fold_of, loss, train
+
+# keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+SMALL = Sizes(widths=(3, 4, 6, 6, 8), blocks=(0, 1, 0, 0, 1))
+
+
+@pytest.fixture(scope="module")
+def small() -> keras.Model:
+    """A small detector whose normalisation has statistics of its own."""
+    keras.utils.set_random_seed(3)
+    model = build(SMALL)
+    rng = np.random.default_rng(3)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            size = layer.gamma.shape
+            layer.set_weights([rng.uniform(0.5, 1.5, size), *rng.normal(0, 0.2, (2, *size)), rng.uniform(0.5, 2, size)])
+    return model
+
+
+@pytest.fixture(scope="module")
+def volume() -> np.ndarray:
+    rng = np.random.default_rng(4)
+    return rng.normal(40, 30, (1, 10, 256, 256)).astype(np.float32)
+
+
+def run(model: keras.Model, volume: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in model(volume, training=False).items()}
+
+
+def test_one_pass_over_a_volume_gives_per_slice_exactly_what_a_window_of_five_slices_gives(small, volume):
+    whole = run(small, volume)
+    assert whole["mask"].shape == (1, 6, 256, 256, len(FINDINGS))
+    for i in range(6):
+        window = run(small, volume[:, i : i + 5])
+        for name in ("mask", "slice", "pooled"):
+            np.testing.assert_allclose(window[name][:, 0], whole[name][:, i], rtol=1e-4, atol=1e-4)
+    assert np.ptp(whole["slice"], axis=1).min() > 1e-3  # or the comparison above would say nothing
+
+
+@pytest.mark.parametrize("output", ["mask", "slice"])
+def test_a_slice_depends_on_two_neighbours_on_either_side_and_on_no_more(small, volume, output):
+    before = run(small, volume)[output]
+    for changed in range(10):
+        other = volume.copy()
+        other[:, changed] = other[:, changed, ::-1] + 15
+        after = run(small, other)[output]
+        differs = [not np.allclose(before[:, i], after[:, i], atol=1e-6) for i in range(6)]
+        assert differs == [abs(i + 2 - changed) <= 2 for i in range(6)]
+
+
+def test_a_full_model_has_between_one_and_two_million_parameters_and_named_layers():
+    model = build()
+    assert 1.0e6 < model.count_params() < 2.0e6
+    assert {"down1_conv", "down4_block1_conv", "up3_transpose", "up3_project", "mask_transpose"} <= {
+        layer.name for layer in model.layers
+    }
+
+
+def test_values_beyond_every_window_change_nothing(small, volume):
+    saturated = np.where(volume > 60, 1000, volume)
+    extreme = np.where(volume > 60, 3000, volume)
+    np.testing.assert_array_equal(run(small, saturated)["slice"], run(small, extreme)["slice"])
+
+
+def test_missing_weights_say_how_to_train_them(tmp_path):
+    with pytest.raises(SignatureMismatch, match=r"python -m serving.train hemorrhage --all"):
+        hemorrhage.load(tmp_path / "none.weights.h5")
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+def patient(name: str, kind: int | None, source: str = "ct-ich", slices: int = 12) -> Prepared:
+    """A bright square in slices 4 to 7 of a grey head; kind None bleeds nowhere."""
+    rng = np.random.default_rng(sum(map(ord, name)))
+    volume = rng.normal(30, 3, (slices, 256, 256)).astype(np.int16)
+    positive = np.zeros(volume.shape, dtype=np.uint8)
+    slice_truth = np.zeros((slices, len(FINDINGS)), dtype=np.uint8)
+    if kind is not None:
+        volume[4:8, 100:140, 100:140] += 40
+        positive[4:8, 100:140, 100:140] = 1 | (1 << kind)
+        slice_truth[4:8, [0, kind]] = 1
+    return Prepared(source, name, volume, positive, np.zeros_like(positive), slice_truth, child=False)
+
+
+def test_crops_come_from_every_kind_and_from_patients_without_blood():
+    sampler = Sampler([patient("a", 1), patient("b", 3), patient("c", None)], seed=1)
+    crops = [sampler.crop() for _ in range(60)]
+    seen = {tuple(np.flatnonzero((truth == 1).any(axis=0))) for *_, truth in crops}
+    assert seen == {(), (0, 1), (0, 3)}
+    volume, positive, unknown, truth = crops[0]
+    assert volume.shape == (OUTPUT_SLICES + 4, 256, 256)
+    assert positive.shape == unknown.shape == (OUTPUT_SLICES, 256, 256)
+    assert truth.shape == (OUTPUT_SLICES, len(FINDINGS))
+
+
+def test_the_middle_of_a_crop_is_what_its_masks_outline():
+    sampler = Sampler([patient("a", 1)], seed=2)
+    for _ in range(10):
+        volume, positive, *_ = sampler.crop()
+        inner = volume[2:-2]
+        assert (inner[positive > 0] > 50).all()
+        assert (inner[positive == 0] < 50).all()
+
+
+def test_masks_follow_the_geometry_of_augmentation():
+    sampler = Sampler([patient("a", 1)], seed=2)
+    while not (batch := sampler.batch())[1].any():
+        pass
+    volume, positive, _ = augment(*map(tf.constant, batch[:3]), tf.constant([5, 6]))
+    inner, mask = volume.numpy()[:, 2:-2], positive.numpy() > 0
+    assert inner[mask].mean() > 60
+    assert inner[~mask & (inner > -100)].mean() < 45
+    assert not np.array_equal(mask, batch[1] > 0)
+
+
+def test_what_is_unknown_costs_nothing():
+    rng = np.random.default_rng(0)
+    shape = (1, 2, 16, 16)
+    outputs = {
+        "mask": tf.constant(rng.normal(size=(*shape, 5)), tf.float32),
+        "slice": tf.constant(rng.normal(size=(1, 2, 5)), tf.float32),
+        "pooled": tf.constant(rng.normal(size=(1, 2, 5)), tf.float32),
+    }
+    nothing = tf.zeros(shape, tf.int32)
+    all_unknown = tf.fill(shape, 31)
+    blind = loss(outputs, nothing, all_unknown, tf.fill((1, 2, 5), UNKNOWN))
+    told = loss(outputs, nothing, nothing, tf.zeros((1, 2, 5), tf.int32))
+    assert float(blind) == pytest.approx(0, abs=1e-6)
+    assert float(told) > 1
+
+
+def test_a_better_answer_costs_less():
+    positive = np.zeros((1, 2, 32, 32), dtype=np.int32)
+    positive[0, 0, 8:20, 8:20] = 3
+    truth = np.array([[[1, 1, 0, 0, 0], [0] * 5]])
+    voxel = np.stack([(positive & (1 << c)) > 0 for c in range(5)], axis=-1)
+
+    def cost(sharpness: float) -> float:
+        slices = tf.constant(sharpness * (2.0 * truth - 1), tf.float32)
+        outputs = {"mask": tf.constant(sharpness * (2.0 * voxel - 1), tf.float32), "slice": slices, "pooled": slices}
+        return float(loss(outputs, tf.constant(positive), tf.zeros_like(positive), tf.constant(truth)))
+
+    assert cost(6.0) < 0.2 < cost(0.0) < cost(-2.0)
+
+
+def test_no_patient_is_in_two_folds_and_each_fold_has_both_classes():
+    patients = [patient(f"p{i}", 1 if i % 3 == 0 else None, slices=8) for i in range(12)]
+    folds = fold_of(patients)
+    assert len(folds) == 12
+    for fold in range(FOLDS):
+        inside = [p for p in patients if folds[p.source, p.patient] == fold]
+        assert {bool((p.slice_truth == 1).any()) for p in inside} == {True, False}
+
+
+def test_training_starts_from_given_weights_and_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
+    train([patient("a", 1), patient("c", None)], tmp_path / "first.weights.h5", steps=2, seed=1, label="first")
+    train([patient("a", 1), patient("c", None)], tmp_path / "second.weights.h5", 2, 1, "second",
+          start=tmp_path / "first.weights.h5")  # fmt: skip
+    models = [build(SMALL), build(SMALL)]
+    for model, name in zip(models, ("first", "second"), strict=True):
+        model.load_weights(tmp_path / f"{name}.weights.h5")
+    first, second = (model.get_layer("down1_conv").kernel.numpy() for model in models)
+    assert not np.array_equal(first, second)
+    assert np.abs(first - second).max() < 0.05
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_auc_counts_ties_half():
+    truth = np.array([True, True, False, False])
+    assert auc(np.array([2.0, 1.0, 1.0, 0.0]), truth) == pytest.approx(0.875)
+    assert np.isnan(auc(np.array([1.0]), np.array([True])))
+
+
+def test_wilson_interval_is_that_of_the_literature():
+    assert wilson(17, 18) == pytest.approx([0.9444, 0.7424, 0.9901], abs=1e-3)
+
+
+def test_bootstrap_draws_whole_patients():
+    rng = np.random.default_rng(1)
+    owner = np.repeat(np.arange(20), 30)
+    truth = owner % 2 == 0
+    scores = rng.normal(size=20)[owner] + truth
+    width = [np.subtract(*bootstrap_interval(scores, truth, o, rounds=200)) for o in (None, owner)]
+    assert abs(width[1]) > 2 * abs(width[0])
+
+
+def test_the_operating_point_reaches_the_sensitivity_asked_for_and_no_more():
+    scores, truth = np.array([5.0, 4.0, 3.0, 2.0, 1.0, 2.5]), np.array([True, True, True, True, False, False])
+    threshold = sensitivity_threshold(scores, truth, 0.75)
+    assert 2.5 < threshold < 3.0
+    assert (scores[truth] >= sensitivity_threshold(scores, truth, 0.95)).all()
+
+
+def test_the_operating_point_gives_up_sensitivity_where_too_many_healthy_would_be_paged():
+    scores = np.array([9.0, 8.0, 0.0, *np.arange(1.0, 6.0)])
+    truth = np.array([True] * 3 + [False] * 5)
+    threshold = operating_point(scores, truth, sensitivity=0.95, specificity=0.8)
+    assert ((scores >= threshold) & ~truth).sum() == 1
+    assert ((scores >= threshold) & truth).sum() == 2
+    assert operating_point(scores, truth, sensitivity=0.6, specificity=0.8) > 5
+    assert operating_point(scores[3:], truth[3:], 0.95, 0.8) > 5
+
+
+def test_platt_scaling_recovers_the_slope():
+    rng = np.random.default_rng(2)
+    scores = rng.normal(size=4000)
+    truth = rng.random(4000) < 1 / (1 + np.exp(-(1.5 * scores - 0.5)))
+    assert platt(scores, truth) == pytest.approx((1.5, -0.5), abs=0.15)
+
+
+def test_evaluation_calibrates_on_mixed_patients_and_reports_each_set_apart(tmp_path):
+    rng = np.random.default_rng(3)
+    for i in range(24):
+        bleeds = i % 2 == 0 or i >= 20
+        slice_truth = np.zeros((9, 5), dtype=np.uint8)
+        slice_truth[3:6] = bleeds
+        logits = rng.normal(-3, 0.3, (9, 5)) + 5 * slice_truth
+        source = "ct-ich" if i < 20 else "phe-sich"
+        folder = tmp_path / f"fold{i % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / "run.json").write_text("{}")
+        np.savez(folder / f"{source}_{i:03d}.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
+                 child=i % 4 == 0, dice=np.full(9, 0.5), outlined=slice_truth[:, 0])  # fmt: skip
+    result = evaluate(tmp_path)
+    metrics = result["metrics"]
+    assert metrics["ct-ich"]["any"]["patient_auc"][0] == 1.0
+    assert metrics["ct-ich"]["any"]["sensitivity"][0] == 1.0
+    assert result["obtained"].endswith("2 of 3 folds")
+    assert metrics["phe-sich"] == metrics["phe-sich"] | {"patients": 4}
+    assert "specificity" not in metrics["phe-sich"]["any"]
+    assert metrics["ct-ich children"]["patients"] + metrics["ct-ich adults"]["patients"] == 20
+    assert all(-3 < t < 2 for t in result["threshold"])
+
+
+def test_evaluation_without_scores_says_what_to_run(tmp_path):
+    with pytest.raises(ConfigError, match="--fold"):
+        evaluate(tmp_path)
