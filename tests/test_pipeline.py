@@ -28,6 +28,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two simulated studies: one with a haemorrhage, one without."""
     folder = tmp_path_factory.mktemp("simulated")
     write_demo_study(folder)
+    (folder / "truth.json").unlink()
     return folder
 
 
@@ -39,9 +40,7 @@ def sink() -> Iterator[SmtpSink]:
 
 def one_series(simulated: Path, disposition: str) -> Path:
     """The folder of the simulated series with or without a haemorrhage."""
-    folders = sorted({path.parent for path in simulated.rglob("*.dcm")})
-    truth = {"positive": 0, "negative": 1}
-    return folders[truth[disposition]]
+    return simulated / {"positive": "bleed", "negative": "no-bleed"}[disposition]
 
 
 def posted(session: requests.Session, url: str, **fields: str) -> requests.Response:
@@ -80,7 +79,7 @@ def test_a_bleed_is_paged_once_and_the_reader_s_review_stops_the_escalation(
             slice_ = positive.event["findings"][0]["slice"]
             picture = session.get(f"{page}/slice/{slice_}.png?window=brain&mask=1", timeout=10)
             assert picture.headers["Content-Type"] == "image/png"
-            assert posted(session, page, action="agree", finding_kind="iph").ok
+            assert posted(session, page, verdict="agree", finding_kind="iph").ok
         until(lambda: acknowledged(node), "the review stops the page")
         with node.ledger.read() as connection:
             review = connection.execute(select(reviews)).one()
