@@ -168,8 +168,8 @@ def test_no_patient_is_in_two_folds_and_each_fold_has_both_classes():
 
 def test_training_starts_from_given_weights_and_writes_them(tmp_path, monkeypatch):
     monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
-    train([patient("a", 1), patient("c", None)], tmp_path / "first.weights.h5", steps=2, seed=1, label="first")
-    train([patient("a", 1), patient("c", None)], tmp_path / "second.weights.h5", 2, 1, "second",
+    build(SMALL).save_weights(tmp_path / "first.weights.h5")
+    train([patient("a", 1), patient("c", None)], tmp_path / "second.weights.h5", steps=2, seed=1, label="second",
           start=tmp_path / "first.weights.h5")  # fmt: skip
     models = [build(SMALL), build(SMALL)]
     for model, name in zip(models, ("first", "second"), strict=True):
