@@ -66,8 +66,8 @@ def simulate(
     `findings` maps kinds of bleed (iph, ivh, sah, sdh, edh) to target volumes in ml; further keywords are fields of
     `Acquisition`. Raises ValueError for an unknown kind of bleed.
     """
-    rng = np.random.default_rng(seed)
-    subject = make_subject(rng, region=region, contrast=contrast, findings=findings)
+    for_subject, rng = np.random.default_rng(seed).spawn(2)  # so that another subject is scanned alike
+    subject = make_subject(for_subject, region=region, contrast=contrast, findings=findings)
     chosen = draw_acquisition(rng, subject, orientation=orientation, kernel=kernel, slices=slices, matrix=matrix)
     return acquire(subject, replace(chosen, **acquisition), rng)  # type: ignore[arg-type]
 
