@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,21 +39,18 @@ from serving.phantom.scanner import Acquisition, develop
 # --- hyperparameters, each with its reason ---------------------------------------------------------------------------
 
 SEED = 2026
-STEPS = 300  # about twelve minutes on two shared cores
+CYCLES = ((300, 2e-3), (450, 2e-3), (400, 1e-3))  # (steps, peak rate): the loss falls when each cosine comes down
 BATCH = 6  # small, for many steps in little time; large enough for batch normalisation over eight slices
-LEARNING_RATE = (
-    2e-3  # Adam, warmed up and falling along a cosine to a hundredth: usual for a small network from scratch
-)
 WEIGHT_DECAY = 1e-4
 LABEL_SMOOTHING = 0.02  # keeps the softmaxes from certainty on what the simulation makes too easy
 HEAD_SUBJECTS, SERIES_PER_HEAD = 28, 14  # composing a head costs two seconds, scanning it a tenth
-SKULL_SUBJECTS, SERIES_PER_SKULL = 2, 8  # plastic skulls, which quality assurance sends
+SKULL_SUBJECTS, SERIES_PER_SKULL = 4, 8  # plastic skulls, which quality assurance sends
 OTHER_SUBJECTS, SERIES_PER_OTHER = 26, 7
 CRANIUM_VARIANTS, SERIES_PER_CRANIUM = 4, 12  # one real thin-slice head, so many warps of it
 SERIES_PER_PATIENT = {"ct-ich": 8, "phe-sich": 2}  # PHE-SICH has lost what lies outside the brain window: fewer
 WORKERS = 2  # cores
 HELD_OUT_SUBJECTS = 32  # simulated, for evaluation
-SHARES = {"head": 0.36, "other": 0.17, "skull": 0.03, "cranium": 0.10, "ct-ich": 0.27, "phe-sich": 0.07}
+SHARES = {"head": 0.36, "other": 0.17, "skull": 0.05, "cranium": 0.10, "ct-ich": 0.25, "phe-sich": 0.07}
 TRAINED_ON = {"ct-ich": (1, 2), "phe-sich": (0,)}  # patients by rank modulo 3; the others are held out
 
 DATA = Path(os.environ.get("HERALD_DATA", "../shared/data"))
@@ -386,6 +384,9 @@ def finish(sample: Sample, kernel: str, rng: np.random.Generator) -> NDArray[np.
     return np.ascontiguousarray(image).astype(np.int16)
 
 
+Batch = tuple[NDArray[np.int16], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
+
+
 class Source:
     """All training series; `batch(i)` draws the batch of step i from the seed and i alone."""
 
@@ -402,9 +403,7 @@ class Source:
         kernel = "bone" if rng.random() < 0.42 else "soft"
         return finish(drawn, kernel, rng), drawn.labels(kernel)
 
-    def batch(
-        self, step: int
-    ) -> tuple[NDArray[np.int16], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+    def batch(self, step: int) -> Batch:
         """Volumes (B, 8, 256, 256), one-hot labels and weights by head; weight 0 where a label is undefined."""
         drawn = [self.sample(np.random.default_rng((SEED, 99, step, k))) for k in range(BATCH)]
         targets = {head: np.zeros((BATCH, len(labels)), np.float32) for head, labels in HEADS.items()}
@@ -417,8 +416,8 @@ class Source:
         return np.stack([volume for volume, _ in drawn]), targets, weights
 
 
-def train(source: Source, weights: Path, steps: int, first: int = 0) -> None:
-    """Train for `steps` batches from number `first` on and save the weights; from scratch where `first` is 0."""
+def train(source: Source, weights: Path, first_cycle: int) -> None:
+    """Train by AdamW from cycle `first_cycle` on, from scratch where that is 0, and save the weights after each."""
     import keras  # type: ignore[import-untyped]
     import tensorflow as tf  # type: ignore[import-untyped]
 
@@ -427,32 +426,40 @@ def train(source: Source, weights: Path, steps: int, first: int = 0) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(2)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(SEED)
-    model = load(weights) if first else build()
-    rate = keras.optimizers.schedules.CosineDecay(
-        LEARNING_RATE / 10, steps - steps // 20, 0.01, warmup_target=LEARNING_RATE, warmup_steps=steps // 20
-    )
-    model.compile(
-        optimizer=keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY, clipnorm=1.0),
-        loss={head: keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING) for head in HEADS},
-        loss_weights={head: 2.0 if head == "contrast" else 1.0 for head in HEADS},  # it is learned last
-        jit_compile=False,  # XLA is several times slower than oneDNN on a CPU
-        weighted_metrics={head: [keras.metrics.CategoricalAccuracy(name="accuracy")] for head in HEADS},
-    )
+    model = load(weights) if first_cycle else build()
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    for cycle, (steps, peak) in enumerate(CYCLES):
+        if cycle < first_cycle:
+            continue
+        rate = keras.optimizers.schedules.CosineDecay(
+            peak / 10, steps - steps // 20, 0.01, warmup_target=peak, warmup_steps=steps // 20
+        )
+        model.compile(
+            optimizer=keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY, clipnorm=1.0),
+            loss={head: keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING) for head in HEADS},
+            loss_weights={head: 2.0 if head == "contrast" else 1.0 for head in HEADS},  # it is learned last
+            weighted_metrics={head: [keras.metrics.CategoricalAccuracy(name="accuracy")] for head in HEADS},
+            jit_compile=False,  # XLA is slower than oneDNN on a CPU
+        )
+        batches = _batches(source, sum(n for n, _ in CYCLES[:cycle]), steps)
+        model.fit(batches, epochs=1, shuffle=False, verbose=1)
+        bare = build()  # without the optimizer's variables
+        bare.set_weights(model.get_weights())
+        bare.save_weights(weights)
 
-    class Steps(keras.utils.PyDataset):  # type: ignore[misc]
+
+def _batches(source: Source, first: int, steps: int) -> Any:
+    """Batches `first` to `first + steps` as Keras reads them, drawn in a thread ahead of the training."""
+    import keras
+
+    class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         def __len__(self) -> int:
             return steps
 
-        def __getitem__(
-            self, step: int
-        ) -> tuple[NDArray[np.int16], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+        def __getitem__(self, step: int) -> Batch:
             return source.batch(first + step)
 
-    model.fit(Steps(workers=1, max_queue_size=6), epochs=1, shuffle=False, verbose=1)
-    bare = build()  # without the optimizer's variables
-    bare.set_weights(model.get_weights())
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    bare.save_weights(weights)
+    return Batches(workers=1, max_queue_size=6)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -560,8 +567,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the real data sets")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the simulated series")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights to write or to evaluate")
-    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
-    parser.add_argument("--first", type=int, default=0, help="number of the first step: beyond 0, go on from --weights")
+    parser.add_argument("--cycle", type=int, default=0, choices=range(len(CYCLES)), help="go on from --weights there")
     parser.add_argument("--prepare", action="store_true", help="only simulate the training series")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate")
     parser.add_argument(
@@ -573,6 +579,6 @@ def main(argv: Sequence[str]) -> int:
         pools = prepare(options.cache, options.data)
         if options.prepare:
             return 0
-        train(Source(pools), options.weights, options.steps, options.first)
+        train(Source(pools), options.weights, options.cycle)
     evaluate(predictor(options.weights), options.data, options.sets, console)
     return 0
