@@ -105,6 +105,8 @@ def demo(
     from herald.logs import configure_logging
 
     configure_logging("demo", "info")
+    for number in (signal.SIGTERM, signal.SIGINT):  # also where a shell has told background jobs to ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     raise typer.Exit(run_demo(dicom, once, as_json, data, timeout_s))
 
 

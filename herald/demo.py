@@ -352,5 +352,6 @@ def _print(told: Mapping[str, Any], demo: Demo) -> None:
         steps = (f"{step} {took:.2f} s" for step, took in one["latency_s"].items() if took is not None)
         out.print("  " + ", ".join(steps))
     for page in told["pages"]:
-        out.print(f"\n[bold]Page to {page['to']}[/]\n{page['subject']}\n{page['body']}", highlight=False)
+        out.print(f"\n[bold]Page to {page['to']}")
+        out.print(f"{page['subject']}\n{page['body']}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"\nReview at [bold]{told['url']}[/] as user [bold]{READER}[/], password [bold]{demo.password}[/]")
