@@ -123,25 +123,26 @@ def _to_head_grid(ras: Float) -> Float:
 def _depths(brain: Bool) -> tuple[Float, Float]:
     """Signed distances to the cranial cavity and to its rounder outline, in mm.
 
-    The cavity is the brain closed over its sulci, fissures and the suprasellar cistern, with 2 mm around it.
+    The cavity is the brain closed over its sulci, fissures and the suprasellar cistern, with 2.5 mm around it.
     """
     brain = brain.copy()
     box, cistern = ellipsoid((-22, -2, 0), (13, 15, 17))
     brain[box] |= cistern
-    room = 26  # voxels of 2 mm around the grid, for the closing to open into
-    half = np.pad(brain[::2, ::2, ::2], room)
-    outside = ndimage.distance_transform_edt(~half, sampling=2.0)
-    signed = []
-    for closing, margin in ((14.0, 2.5), (34.0, 3.5)):
-        filled = ndimage.distance_transform_edt(outside < closing + margin, sampling=2.0) > closing
-        away = np.where(
-            filled,
-            -ndimage.distance_transform_edt(filled, sampling=2.0),
-            ndimage.distance_transform_edt(~filled, sampling=2.0),
-        )
-        smooth = ndimage.gaussian_filter(away.astype(np.float32), 1.0)
-        signed.append(grow(smooth[room:-room, room:-room, room:-room], HEAD_SHAPE))
-    return signed[0], np.minimum(signed[0], signed[1])
+    depth = _depth(brain, closing=14.0, margin=2.5, step=2)
+    return depth, np.minimum(depth, _depth(brain, closing=34.0, margin=3.5, step=4))
+
+
+def _depth(brain: Bool, closing: float, margin: float, step: int) -> Float:
+    """Signed distance in mm to `brain` closed by a ball of radius `closing` and grown by `margin`, on a coarse grid."""
+    room = int(np.ceil((closing + 2 * margin) / step)) + 1  # around the grid, for the closing to open into
+    coarse = np.pad(brain[::step, ::step, ::step], room)
+
+    def distance(mask: Bool) -> Float:
+        return np.asarray(ndimage.distance_transform_edt(mask, sampling=float(step)), np.float32)
+
+    filled = distance(distance(~coarse) < closing + margin) > closing
+    signed = ndimage.gaussian_filter(np.where(filled, -distance(filled), distance(~filled)), 2.0 / step)
+    return grow(signed[room:-room, room:-room, room:-room], HEAD_SHAPE)
 
 
 def grow(small: Float, shape: Sequence[int]) -> Float:
