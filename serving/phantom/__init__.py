@@ -281,7 +281,7 @@ def write_phantoms(
 
 
 def write_demo_study(out: Path, seed: int = 7) -> list[dict[str, object]]:
-    """Write the demo's two studies into `out`: one with a bleed of 30 ml, by default in the thalamus, and one without."""
+    """Write the demo's two studies into `out`: one with a bleed of 30 ml, by default in the thalamus, and without."""
     truth = []
     for i, (name, findings) in enumerate((("bleed", {"iph": 30.0}), ("no-bleed", {}))):
         series = simulate(
