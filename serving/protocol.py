@@ -1,8 +1,8 @@
 """The protocol model: what a series is, from eight of its slices. A 3D residual network after the design's source.
 
 Six stages; each halves the plane and shortens z by one through a 2x3x3 convolution (stride 2 in XY, valid in Z), then
-adds a residual block of two 1x3x3 convolutions. The means of every stage feed the heads: a kernel shows in the texture
-of the finest stage, a region in the shapes of the coarsest.
+adds a residual block of two 1x3x3 convolutions. The means of every stage feed the heads but one: the kernel is told from
+the texture of the noise. A bone kernel makes neighbours differ as much as next neighbours, a soft one less, at any dose.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ class ProtocolSizes:
     channels: tuple[int, ...] = (8, 16, 32, 48, 64, 96)
     windows: tuple[tuple[float, float], ...] = ((40.0, 160.0), (200.0, 800.0), (500.0, 3000.0))  # (centre, width) in HU
     dropout: float = 0.2
+    kernel_units: int = 16
 
 
 class Windows(layers.Layer):  # type: ignore[misc]
@@ -45,6 +46,33 @@ class Windows(layers.Layer):  # type: ignore[misc]
         return {**super().get_config(), "windows": self.windows}
 
 
+class Texture(layers.Layer):  # type: ignore[misc]
+    """Noise texture of the soft parts: (B, 8, 256, 256) -> (B, 3).
+
+    Mean absolute difference of neighbouring pixels along a row, and its ratios to that of next neighbours and to the
+    second difference, as logarithms. Noise power at high frequencies is what a reconstruction kernel changes.
+    """
+
+    SOFT = (-150.0, 400.0)  # Hounsfield units between air and bone, whose edges would outweigh the noise
+    LARGEST = 80.0
+
+    def call(self, volume: KerasTensor) -> KerasTensor:
+        """Measure the three."""
+        ops = keras.ops
+        hounsfield = ops.cast(volume, "float32")
+        soft = ops.cast((hounsfield > self.SOFT[0]) & (hounsfield < self.SOFT[1]), "float32")
+        left, middle, right = hounsfield[..., :-2], hounsfield[..., 1:-1], hounsfield[..., 2:]
+        inside = soft[..., :-2] * soft[..., 1:-1] * soft[..., 2:]
+        count = ops.sum(inside, axis=(1, 2, 3)) + 1.0
+
+        def mean(difference: KerasTensor) -> KerasTensor:
+            clipped = ops.minimum(ops.abs(difference), self.LARGEST)
+            return ops.sum(clipped * inside, axis=(1, 2, 3)) / count + 0.5
+
+        near, next_, second = mean(middle - left), mean(right - left), mean(right - 2.0 * middle + left)
+        return ops.stack([ops.log(near), ops.log(next_ / near), ops.log(second / near)], axis=-1)
+
+
 def build(sizes: ProtocolSizes = ProtocolSizes()) -> keras.Model:
     """The untrained model: `volume` int16 (B, 8, 256, 256) Hounsfield units -> dict of softmaxes by head."""
     volume = keras.Input((PROTOCOL_SLICES, IN_PLANE, IN_PLANE), dtype="int16", name="volume")
@@ -56,11 +84,18 @@ def build(sizes: ProtocolSizes = ProtocolSizes()) -> keras.Model:
         x = _residual(x, channels, f"stage{stage}")
         means.append(layers.GlobalAveragePooling3D(name=f"stage{stage}_mean")(x))
     means.append(layers.GlobalMaxPooling3D(name="coarsest_max")(x))
-    features = layers.Concatenate(name="features")(means)  # (B, sum of channels + 96)
+    texture = Texture(dtype="float32", name="texture")(volume)
+    means.append(texture)
+    features = layers.Concatenate(name="features")(means)  # (B, sum of channels + 96 + 3)
     features = layers.BatchNormalization(momentum=NORM_MOMENTUM, name="features_norm")(features)
     features = layers.Dropout(sizes.dropout, name="features_dropout")(features)
+    # the kernel is judged by its noise alone: what is depicted must not decide it
+    noise = layers.BatchNormalization(momentum=NORM_MOMENTUM, name="noise_norm")(texture)
+    noise = layers.Dense(sizes.kernel_units, activation="relu", dtype="float32", name="kernel_hidden")(noise)
     outputs = {
-        head: layers.Dense(len(labels), activation="softmax", dtype="float32", name=head)(features)
+        head: layers.Dense(len(labels), activation="softmax", dtype="float32", name=head)(
+            noise if head == "kernel" else features
+        )
         for head, labels in HEADS.items()
     }
     return keras.Model(volume, outputs, name="protocol")
