@@ -81,7 +81,7 @@ def compare(folder: Path, volume: np.ndarray, other_shape: np.ndarray, threads: 
     signatures = read_signatures(folder)
     makers: dict[str, Callable[[], Executor]] = {
         REFERENCE: lambda: TensorFlowExecutor(folder, ExecutorOptions(threads=threads)),
-        "openvino f32": lambda: OpenVinoExecutor(folder, signatures, ExecutorOptions(threads=threads)),
+        "openvino f32": lambda: OpenVinoExecutor(folder, signatures, ExecutorOptions(precision="f32", threads=threads)),
         "openvino bf16": lambda: OpenVinoExecutor(
             folder, signatures, ExecutorOptions(precision="bf16", threads=threads)
         ),

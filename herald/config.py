@@ -112,7 +112,8 @@ class ServingConfig:
     models: Path = Path("models")
     """Folder of SavedModels: NAME/VERSION/saved_model.pb; relative to the data folder."""
     executor: Literal["openvino", "tensorflow"] = "openvino"
-    precision: Literal["f32", "bf16"] = "f32"
+    precision: Literal["auto", "f32", "bf16"] = "auto"
+    """`auto` is bf16 where the CPU computes in it natively, else f32."""
     threads: int = 2
     poll_s: float = 5.0
     """How often the folder is looked at for new versions."""

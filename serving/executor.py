@@ -27,7 +27,7 @@ MODEL_FILE = "saved_model.pb"
 SERVE_TAG = "serve"
 WARM_UP_SLICES = 8
 
-Precision = Literal["f32", "bf16"]
+Precision = Literal["auto", "f32", "bf16"]
 
 
 class LoadError(Exception):
@@ -56,7 +56,7 @@ class ExecutorOptions:
     """How models are run; the settings of `herald.config.ServingConfig` that concern executors."""
 
     executor: Literal["openvino", "tensorflow"] = "openvino"
-    precision: Precision = "f32"
+    precision: Precision = "auto"
     threads: int = 2
 
 
@@ -149,7 +149,8 @@ class OpenVinoExecutor:
                 "CPU",
                 {
                     "PERFORMANCE_HINT": "LATENCY",
-                    "INFERENCE_PRECISION_HINT": options.precision,  # stated: OpenVINO picks bf16 by itself
+                    # OpenVINO by itself takes bf16 where the CPU computes in it, else f32
+                    **({} if options.precision == "auto" else {"INFERENCE_PRECISION_HINT": options.precision}),
                     "INFERENCE_NUM_THREADS": options.threads,
                     "ENABLE_CPU_PINNING": False,  # models share the cores with each other and the other services
                 },
@@ -160,7 +161,7 @@ class OpenVinoExecutor:
         except RuntimeError as error:
             raise LoadError(_last_line(error)) from error
         self._outputs = ports
-        self.name = f"openvino {options.precision}"
+        self.name = f"openvino {compiled.get_property('INFERENCE_PRECISION_HINT').to_string()}"
 
     def run(self, signature_name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; not for several threads at once. Raises ExecutionError."""

@@ -1,8 +1,9 @@
 """The protocol model: what a series is, from eight of its slices. A 3D residual network after the design's source.
 
 Six stages; each halves the plane and shortens z by one through a 2x3x3 convolution (stride 2 in XY, valid in Z), then
-adds a residual block of two 1x3x3 convolutions. The means of every stage feed the heads but one: the kernel is told from
-the texture of the noise. A bone kernel makes neighbours differ as much as next neighbours, a soft one less, at any dose.
+adds a residual block of two 1x3x3 convolutions. The means of every stage feed the heads but one: the kernel is told
+from the texture of the noise. A bone kernel makes neighbours differ as much as next neighbours, a soft one less, at
+any dose.
 """
 
 from dataclasses import dataclass
