@@ -59,10 +59,17 @@ def sensitivity_threshold(scores: Scores, truth: Truth, sensitivity: float) -> f
 
 
 def operating_point(scores: Scores, truth: Truth, sensitivity: float, specificity: float) -> float:
-    """The threshold that reaches `sensitivity`, or the lowest that keeps `specificity` where both cannot be had."""
+    """The threshold that reaches `sensitivity`, or the lowest that keeps `specificity` where both cannot be had.
+
+    The latter lies halfway to the next score above, so that it does not hang on a single study.
+    """
     negatives = np.sort(scores[~truth])
     allowed = int(np.floor((1 - specificity) * len(negatives) + 1e-9))  # false positives
-    edge = float(negatives[-allowed - 1]) + 1e-3 if len(negatives) else -np.inf
+    edge = -np.inf
+    if len(negatives):
+        highest = float(negatives[-allowed - 1])
+        above = scores[scores > highest]
+        edge = (highest + float(above.min())) / 2 if len(above) else highest + 1e-3
     return max(sensitivity_threshold(scores, truth, sensitivity), edge) if truth.any() else float(negatives[-1]) + 1e-3
 
 
