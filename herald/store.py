@@ -150,7 +150,8 @@ class StudyStore:
         try:
             self._make_folder(path.parent)
             with tempfile.SpooledTemporaryFile(max_size=1 << 28) as buffer:
-                np.savez_compressed(buffer, **{f.name: getattr(prediction, f.name) for f in fields(Prediction)})
+                # not compressed: the page would wait half a second for it
+                np.savez(buffer, **{f.name: getattr(prediction, f.name) for f in fields(Prediction)})
                 buffer.seek(0)
                 _write_durably(path, [memoryview(buffer.read())])
         except OSError as error:
