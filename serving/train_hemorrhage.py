@@ -2,6 +2,7 @@
 
     --fold K      train without the patients of fold K and score them     (weights and scores in .work)
     --all         train on every patient                                  (serving/weights/hemorrhage.weights.h5)
+    --score K     score the patients of fold K with weights that are there   (default: the shipped ones)
     --evaluate    pool the scores of the folds, calibrate, measure        (serving/weights/hemorrhage.json)
 
 The data are prepared once through `herald.volume.detection_input`, which is exactly what the node sends. Every run
@@ -472,6 +473,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, score, evaluate as asked."""
     parser = argparse.ArgumentParser(prog="python -m serving.train hemorrhage", description=__doc__.split("\n")[0])
     parser.add_argument("--fold", type=int, choices=range(FOLDS), help="train without this fold, then score it")
+    parser.add_argument(
+        "--score", type=int, choices=range(FOLDS), help="only score this fold, with the weights there are"
+    )
     parser.add_argument("--all", action="store_true", help="train on every patient and write the shipped weights")
     parser.add_argument("--evaluate", action="store_true", help="pool the folds' scores, calibrate, measure")
     parser.add_argument("--prepare", action="store_true", help="only prepare the data")
@@ -483,8 +487,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the usual one")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
-    if not (args.all or args.evaluate or args.prepare or args.fold is not None):
-        parser.error("say what to do: --fold K, --all, --evaluate or --prepare")
+    if not (args.all or args.evaluate or args.prepare) and args.fold is None and args.score is None:
+        parser.error("say what to do: --fold K, --score K, --all, --evaluate or --prepare")
     if args.prepare or args.all or args.fold is not None:
         patients = [p for source in SHARES for p in load_patients(args.data, args.work / "data", source)]
     if args.fold is not None:
@@ -496,6 +500,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(kept, weights, args.steps, args.seed + args.fold, f"fold {args.fold}", args.start, args.rate)
         score(weights, aside, scores, f"scoring fold {args.fold}")
         run = {"fold": args.fold, "steps": args.steps, "seed": args.seed + args.fold, "trained_on": len(kept)}
+        (scores / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
+    elif args.score is not None:
+        real = [p for source in SETS for p in load_patients(args.data, args.work / "data", source)]
+        folds = fold_of(real)
+        aside = [p for p in real if folds[p.source, p.patient] == args.score]
+        weights = args.weights or WEIGHTS
+        scores = args.work / "scores" / f"fold{args.score}"
+        score(weights, aside, scores, f"scoring fold {args.score}")
+        run = {"fold": args.score, "weights": weights.name}
         (scores / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     if args.all:
         train(patients, args.weights or WEIGHTS, args.steps, args.seed, "all patients", args.start, args.rate)

@@ -56,10 +56,15 @@ def test_the_real_head_is_recognised_and_goes_through_detection(told: dict[str, 
     head = told["ge-head" + variant]
     labels = {name: answer["label"] for name, answer in head["protocol"].items()}
     assert labels == {"contrast": "non_contrast", "orientation": "axial", "kernel": "soft", "region": "head"}
-    assert head["disposition"] in ("negative", "positive")  # first weights: their card says which, and why
+    assert head["disposition"] in ("negative", "positive")
     assert {finding["kind"] for finding in head["findings"]} >= {"any", "iph", "sah", "edh_sdh"}
     assert head["latency_s"]["detect"] > 0
     assert any("gantry tilt" in note for note in head["notes"])
+
+
+@pytest.mark.xfail(strict=True, reason="a false alarm of the first weights, named in serving/cards/hemorrhage.md")
+def test_the_real_head_without_a_bleed_is_negative(told: dict[str, Any]) -> None:
+    assert told["ge-head"]["disposition"] == "negative"
 
 
 @pytest.mark.parametrize("variant", ["", " blank"])
