@@ -64,7 +64,7 @@ def _receiver(config: Config) -> str:
     assoc = ae.associate(host, config.receiver.port, ae_title=config.receiver.ae_title)
     if not assoc.is_established:
         raise ChannelUnavailable(
-            f"{where} does not accept an association; if receiver.allowed_calling_ae_titles is set, add HERALD-CHECK"
+            f"{where} does not accept an association; if receiver.allowed_senders is set, add HERALD-CHECK"
         )
     status = assoc.send_c_echo()
     assoc.release()

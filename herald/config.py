@@ -38,16 +38,31 @@ class ReceiverConfig:
     ae_title: str = "HERALD"
     host: str = "0.0.0.0"
     port: int = 11112
+    tls_port: int = 0
+    """A second port, with TLS (PS3.15 B.9); 0 is none."""
+    tls_certificate: str = ""
+    """PEM file of the certificate and its chain, relative to the data folder."""
+    tls_key: str = ""
+    """PEM file of the certificate's private key."""
+    tls_client_ca: str = ""
+    """PEM file of authorities; a sender must then show a certificate of theirs."""
     max_pdu_bytes: int = 131072
+    """Longest PDU that senders are asked for; a longer one aborts its association. 0 is any length."""
     max_associations: int = 50
-    allowed_calling_ae_titles: tuple[str, ...] = ()
-    """Senders that may connect; empty allows all."""
+    allowed_senders: tuple[str, ...] = ()
+    """Who may send: `AE_TITLE`, `AE_TITLE@NETWORK` or `*@NETWORK`, as in `CT1@10.0.0.0/24`; empty allows all."""
     require_called_ae_title: bool = False
     """Refuse associations that call another AE title than ours."""
     network_timeout_s: float = 60.0
-    """An association silent for so long is aborted; what was stored stays."""
+    """An association silent for so long, or that takes so long over one PDU, is aborted; what was stored stays."""
+    commitment_peers: tuple[str, ...] = ()
+    """`AE_TITLE@HOST:PORT` of senders that take storage commitment reports over an association of their own."""
     settle_s: float = 0.7
-    """How long an even, gap-free, released series rests before it is closed."""
+    """How long an even, gap-free, released series rests before it is closed, until its sender is known."""
+    settle_min_s: float = 0.3
+    """Shortest rest, for a sender that has shown no gaps."""
+    settle_max_s: float = 5.0
+    """Longest rest, for a sender that pauses between the associations of a series."""
     quiet_s: float = 15.0
     """How long any other series must be quiet before it is closed."""
     min_even_slices: int = 8
@@ -61,6 +76,10 @@ class StoreConfig:
     root: Path = Path("store")
     min_free_gb: float = 2.0
     """Below so much free disk the receiver answers `out of resources`."""
+    keep_days: float = 0.0
+    """Studies finished for so long are removed; 0 keeps them until the disk needs the space."""
+    remove_below_gb: float = 5.0
+    """Below so much free disk the oldest finished studies are removed; 0 removes none."""
 
 
 @dataclass(frozen=True)

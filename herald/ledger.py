@@ -1,7 +1,8 @@
 """The ledger: the relational record of everything, on SQLite or PostgreSQL.
 
-Each table has one writer: the receiver owns `instances`, `rejections` and `series`; the notifier owns `pages` and
-`deliveries`; the web UI owns `results`, `reviews`, `labels`, `users` and `audit`. Reading is free. Times are UTC.
+Each table has one writer: the receiver owns `instances`, `rejections`, `series`, `removals` and `commitments`; the
+notifier owns `pages` and `deliveries`; the web UI owns `results`, `reviews`, `labels`, `users` and `audit`. Reading is
+free. Times are UTC.
 """
 
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    inspect,
     text,
 )
 from sqlalchemy.engine import Dialect
@@ -81,6 +83,7 @@ instances = Table(
     Column("calling_ae_title", String(16), nullable=False),
     Column("calling_address", String(64), nullable=False),
     Column("received_at", UtcDateTime, nullable=False),
+    Column("removed_at", UtcDateTime, comment="when retention removed the file; null while it is in the store"),
 )
 
 rejections = Table(
@@ -111,6 +114,34 @@ series = Table(
     Column("closed_at", UtcDateTime, comment="null while open"),
     Column("close_reason", String(64)),
     Column("published_at", UtcDateTime, comment="when SeriesReceived was on the bus"),
+    Column("settle_s", Float, comment="rest that its sender was given when it closed"),
+    Column("largest_gap_s", Float, comment="longest pause between two associations that sent it"),
+)
+
+removals = Table(
+    "removals",
+    metadata,
+    Column("removal_id", Integer, primary_key=True, autoincrement=True),
+    Column("study_instance_uid", _uid, nullable=False, index=True),
+    Column("removed_at", UtcDateTime, nullable=False),
+    Column("reason", String(16), nullable=False, comment="age or disk"),
+    Column("instance_count", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+)
+
+commitments = Table(
+    "commitments",
+    metadata,
+    Column("commitment_id", Integer, primary_key=True, autoincrement=True),
+    Column("transaction_uid", _uid, nullable=False, index=True),
+    Column("calling_ae_title", String(16), nullable=False),
+    Column("calling_address", String(64), nullable=False),
+    Column("requested_at", UtcDateTime, nullable=False),
+    Column("references", JSON, nullable=False, comment="[[SOP class UID, SOP instance UID], ...] that were asked for"),
+    Column("failures", JSON, comment="[[SOP class UID, SOP instance UID, failure reason], ...]; null until decided"),
+    Column("reported_at", UtcDateTime, comment="when the sender took the report"),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("error", Text, comment="why the last attempt failed"),
 )
 
 # --- notifier --------------------------------------------------------------------------------------------------------
@@ -248,6 +279,7 @@ class Ledger:
                 connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _CREATION_LOCK})
             for table in metadata.sorted_tables:
                 connection.execute(CreateTable(table, if_not_exists=True))
+                _add_missing_columns(connection, table)
                 for index in table.indexes:
                     connection.execute(CreateIndex(index, if_not_exists=True))
 
@@ -292,6 +324,16 @@ class Ledger:
                 f"the ledger {self.url} refuses: {type(cause).__name__}: {cause}; "
                 "check ledger.url and that the database runs"
             ) from error
+
+
+def _add_missing_columns(connection: Connection, table: Table) -> None:
+    """Give a table of an earlier version the columns that came since, which may be null."""
+    there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in there:
+            quoted = connection.dialect.identifier_preparer.format_column(column)
+            kind = column.type.compile(connection.dialect)
+            connection.execute(text(f"alter table {table.name} add column {quoted} {kind}"))
 
 
 def open_ledger(config: LedgerConfig) -> Ledger:

@@ -254,7 +254,7 @@ class StorageServer:
 
 
 _REFUSALS: dict[tuple[int | None, int | None], str] = {
-    (1, 3): "its AE title is not in receiver.allowed_calling_ae_titles",
+    (1, 3): "its AE title is not in receiver.allowed_senders",
     (1, 7): "it calls another AE title than receiver.ae_title",
     (3, 2): "receiver.max_associations are open",
 }
@@ -268,7 +268,7 @@ def _application_entity(config: ReceiverConfig) -> AE:
     ae.add_supported_context(VERIFICATION)
     ae.maximum_pdu_size = config.max_pdu_bytes
     ae.maximum_associations = config.max_associations
-    ae.require_calling_aet = list(config.allowed_calling_ae_titles)
+    ae.require_calling_aet = list(config.allowed_senders)
     ae.require_called_aet = config.require_called_ae_title
     ae.network_timeout = ae.dimse_timeout = config.network_timeout_s
     return ae

@@ -39,13 +39,13 @@ def test_environment_text_becomes_the_type_of_the_setting(tmp_path: Path) -> Non
     config = load_config(
         write(tmp_path, ""),
         {
-            "HERALD_RECEIVER__ALLOWED_CALLING_AE_TITLES": "CT1, CT2",
+            "HERALD_RECEIVER__ALLOWED_SENDERS": "CT1, CT2",
             "HERALD_NOTIFIER__SMTP_STARTTLS": "true",
             "HERALD_ROUTER__OPERATING_POINT": "0.25",
             "HERALD_NOTIFIER__STEPS": '[{"to": "a@b.example", "after_minutes": 5}]',
         },
     )
-    assert config.receiver.allowed_calling_ae_titles == ("CT1", "CT2")
+    assert config.receiver.allowed_senders == ("CT1", "CT2")
     assert config.notifier.smtp_starttls is True
     assert config.router.operating_point == 0.25
     assert (config.notifier.steps[0].to, config.notifier.steps[0].after_minutes) == ("a@b.example", 5.0)

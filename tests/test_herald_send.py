@@ -76,7 +76,7 @@ def test_a_receiver_that_is_not_there_fails_every_file_with_what_to_do(tmp_path:
 
 
 def test_a_refused_association_fails_every_file_with_the_reason(tmp_path: Path) -> None:
-    with receiving(config_under(tmp_path, allowed_calling_ae_titles=("CT1",))) as receiver:
+    with receiving(config_under(tmp_path, allowed_senders=("CT1",))) as receiver:
         report = send(saved(tmp_path), f"HERALD@127.0.0.1:{receiver.port}", "STRANGER")
     assert all("Calling AE title not recognised" in outcome.error for outcome in report.failed)
     assert len(report.failed) == 3

@@ -280,7 +280,7 @@ def test_a_full_disk_is_out_of_resources_before_anything_is_written(tmp_path: Pa
 
 
 def test_a_sender_that_is_not_allowed_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = config_under(tmp_path, allowed_calling_ae_titles=("CT1",), require_called_ae_title=True)
+    config = config_under(tmp_path, allowed_senders=("CT1",), require_called_ae_title=True)
     with receiving(config) as receiver:
         with association(receiver.port, calling="STRANGER") as assoc:
             assert assoc.is_rejected
