@@ -1,8 +1,8 @@
 """The study store: DICOM Part 10 files and predictions under one folder, durable.
 
 Layout: `ROOT/STUDY/SERIES/SOP_INSTANCE.dcm` and `ROOT/STUDY/SERIES/predictions/REVISION.npz`. Files are the truth; the
-ledger's index of them can be rebuilt. A file is written under a temporary name, fsynced, renamed, and its folder is
-fsynced: a name without the temporary suffix is whole whatever happened.
+ledger's index of them can be rebuilt. A file is written in `ROOT/incoming` while it comes, fsynced, renamed to its
+place, and the folder is fsynced: a file in its place is whole whatever happened.
 """
 
 import hashlib
@@ -10,9 +10,13 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +24,11 @@ from numpy.typing import NDArray
 from herald.config import StoreConfig
 from herald.errors import DicomError, StoreError, StoreFullError
 
+INCOMING = "incoming"
 TEMPORARY_SUFFIX = ".partial"
 INSTANCE_SUFFIX = ".dcm"
+_BLOCK_BYTES = 1 << 20
+_TAG_LENGTH = 16  # hexadecimal digits that tell instances of one UID apart
 _UID = re.compile(r"[0-9][0-9.]{0,63}")  # PS3.5 9.1, with leading zeros tolerated
 
 
@@ -64,8 +71,12 @@ class StudyStore:
     def __init__(self, config: StoreConfig) -> None:
         self.root = config.root
         self._min_free_bytes = int(config.min_free_gb * 1e9)
+        self._incoming = self.root / INCOMING
+        self.placing = threading.RLock()
+        """Held while a file changes its place, so that nobody removes the folder of a study to which one is added."""
+        self._in_flight: dict[str, int] = defaultdict(int)
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._incoming.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot create the store {self.root}: {error.strerror}; check store.root") from error
 
@@ -91,6 +102,59 @@ class StudyStore:
             _require_uid(keyword, uid)
         return self.root / study_instance_uid / series_instance_uid
 
+    def receive(self) -> "IncomingInstance":
+        """A new file to write an instance to while it comes; it counts for nothing until it is placed."""
+        try:
+            return IncomingInstance(self._incoming)
+        except OSError as error:
+            raise self._unwritable("a new instance", error) from error
+
+    @contextmanager
+    def place(
+        self, incoming: "IncomingInstance", study_instance_uid: str, series_instance_uid: str, sop_instance_uid: str
+    ) -> Iterator[StoredInstance]:
+        """Make a received file durable in its place; inside the block its study counts as in flight.
+
+        The same data set again changes nothing; another one under the same UID is kept beside the first, flagged.
+        """
+        _require_uid("SOPInstanceUID", sop_instance_uid)
+        folder = self.series_folder(study_instance_uid, series_instance_uid)
+        try:
+            incoming.flush()
+            with self.placing:
+                stored = self._into_place(incoming, folder, sop_instance_uid)
+                self._in_flight[study_instance_uid] += 1
+        except OSError as error:
+            raise self._unwritable(sop_instance_uid, error) from error
+        try:
+            try:
+                if stored.new:
+                    _sync_folder(folder)
+            except OSError as error:
+                raise self._unwritable(sop_instance_uid, error) from error
+            yield stored
+        finally:
+            with self.placing:
+                self._in_flight[study_instance_uid] -= 1
+                if not self._in_flight[study_instance_uid]:
+                    del self._in_flight[study_instance_uid]
+
+    def _into_place(self, incoming: "IncomingInstance", folder: Path, sop_instance_uid: str) -> StoredInstance:
+        first = folder / (sop_instance_uid + INSTANCE_SUFFIX)
+        others = sorted(folder.glob(f"{sop_instance_uid}.{'[0-9a-f]' * _TAG_LENGTH}{INSTANCE_SUFFIX}"))
+        conflict = first.exists()
+        for path in [first, *others] if conflict else []:
+            if incoming.repeats(path):
+                return StoredInstance(path, file_sha256(path), path.stat().st_size, new=False, conflict=path != first)
+        path = folder / f"{sop_instance_uid}.{incoming.sha256[:_TAG_LENGTH]}{INSTANCE_SUFFIX}" if conflict else first
+        self._make_folder(folder)
+        incoming.path.rename(path)
+        return StoredInstance(path, incoming.sha256, incoming.size_bytes, new=True, conflict=conflict)
+
+    def in_flight(self, study_instance_uid: str) -> bool:
+        """Whether an instance of this study is being placed; ask with `placing` held."""
+        return study_instance_uid in self._in_flight
+
     def write_instance(
         self,
         study_instance_uid: str,
@@ -98,32 +162,20 @@ class StudyStore:
         sop_instance_uid: str,
         parts: Iterable[bytes | memoryview],
     ) -> StoredInstance:
-        """Write one Part 10 file durably from its consecutive parts.
-
-        The same bytes again change nothing; other bytes under the same UID are kept beside the first, flagged.
-        """
-        _require_uid("SOPInstanceUID", sop_instance_uid)
-        folder = self.series_folder(study_instance_uid, series_instance_uid)
-        pieces = [memoryview(part) for part in parts]
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-        sha256, size = digest.hexdigest(), sum(piece.nbytes for piece in pieces)
-        path = folder / (sop_instance_uid + INSTANCE_SUFFIX)
+        """Write one whole Part 10 file durably; see `place`."""
+        incoming = self.receive()
         try:
-            conflict = False
-            if path.exists():
-                if _same(path, size, sha256):
-                    return StoredInstance(path, sha256, size, new=False, conflict=False)
-                conflict = True
-                path = folder / f"{sop_instance_uid}.{sha256[:16]}{INSTANCE_SUFFIX}"
-                if path.exists():
-                    return StoredInstance(path, sha256, size, new=False, conflict=True)
-            self._make_folder(folder)
-            _write_durably(path, pieces)
+            for part in parts:
+                incoming.write(part)
+            with self.place(incoming, study_instance_uid, series_instance_uid, sop_instance_uid) as stored:
+                return stored
         except OSError as error:
-            raise StoreError(f"cannot write {path.name} under {self.root}: {error.strerror}") from error
-        return StoredInstance(path, sha256, size, new=True, conflict=conflict)
+            raise self._unwritable(sop_instance_uid, error) from error
+        finally:
+            incoming.discard()
+
+    def _unwritable(self, what: str, error: OSError) -> StoreError:
+        return StoreError(f"cannot write {what} under {self.root}: {error.strerror}; check the disk and its rights")
 
     def series_paths(self, study_instance_uid: str, series_instance_uid: str) -> list[Path]:
         """The instance files of one series, by name."""
@@ -136,7 +188,8 @@ class StudyStore:
 
     def leftovers(self) -> Iterator[Path]:
         """Temporary files of writes that never finished and so were never acknowledged."""
-        yield from self.root.glob("*/*/*" + TEMPORARY_SUFFIX)
+        yield from self._incoming.glob("*" + TEMPORARY_SUFFIX)
+        yield from self.root.glob("*/*/**/*" + TEMPORARY_SUFFIX)
 
     def prediction_path(self, study_instance_uid: str, series_instance_uid: str, revision: int) -> Path:
         """Where the prediction of one series revision lies."""
@@ -186,11 +239,67 @@ def _require_uid(keyword: str, uid: str) -> None:
         raise DicomError(f"{keyword} {uid!r} is not a UID (PS3.5 9.1); the sender must give one")
 
 
-def _same(path: Path, size: int, sha256: str) -> bool:
-    if path.stat().st_size != size:
-        return False
+class IncomingInstance:
+    """A file in the making: written and hashed while its bytes come, then placed or discarded."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor, name = tempfile.mkstemp(suffix=TEMPORARY_SUFFIX, dir=folder)
+        self.path = Path(name)
+        self.size_bytes = 0
+        self._digest = hashlib.sha256()
+
+    def write(self, part: bytes | memoryview) -> None:
+        """Append; raises OSError when the disk refuses."""
+        view = memoryview(part)
+        self._digest.update(view)
+        self.size_bytes += view.nbytes
+        while view.nbytes:
+            view = view[os.write(self._descriptor, view) :]
+
+    @property
+    def sha256(self) -> str:
+        """Of everything that was written."""
+        return self._digest.hexdigest()
+
+    def flush(self) -> None:
+        """Bring the content to the disk and close the file; raises OSError."""
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
+            self._close()
+
+    def repeats(self, path: Path) -> bool:
+        """Whether another file holds the same data set; the File Meta before it names the sender and may differ."""
+        with path.open("rb") as there, self.path.open("rb") as here:
+            there.seek(_data_set_start(there))
+            here.seek(_data_set_start(here))
+            while block := here.read(_BLOCK_BYTES):
+                if block != there.read(_BLOCK_BYTES):
+                    return False
+            return not there.read(1)
+
+    def discard(self) -> None:
+        """Remove what was not placed."""
+        self._close()
+        self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _data_set_start(file: BinaryIO) -> int:
+    """Where the data set of a Part 10 file starts, from FileMetaInformationGroupLength (PS3.10 7.1); else 0."""
+    head = file.read(144)
+    if head[128:140] != b"DICM\x02\x00\x00\x00UL\x04\x00":
+        return 0
+    return 144 + int.from_bytes(head[140:144], "little")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_durably(path: Path, pieces: Iterable[memoryview]) -> None:
