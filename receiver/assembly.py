@@ -4,12 +4,17 @@ Reasons for closing:
 - `released-and-even`: every association that sent it is gone, and its planes are an even, gap-free stack;
 - `released-and-not-a-stack`: the same, and nothing in it is a plane of a stack (localizer, report, secondary capture,
   enhanced multi-frame), so that there is nothing to wait for;
+- `announced-and-complete`: every association that sent it is gone, and everything is there that a procedure step
+  (MPPS) or an availability notification said belongs to it; while some of that is missing, evenness does not count;
 - `quiet`: no new image for the quiet period, whatever else.
 """
 
+import heapq
 import logging
+import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,8 +22,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
 from sqlalchemy import Connection
 
 from herald.config import ReceiverConfig
@@ -27,82 +30,31 @@ from herald.events import SeriesReceived, utc_now
 from herald.instance import InstanceHeader, Plane, read_header
 from herald.reconcile import restore_index
 from herald.store import INSTANCE_SUFFIX, StudyStore
+from receiver.geometry import is_even
 from receiver.record import (
     Arrival,
+    Pause,
     Recorder,
     SeriesKey,
     close_series,
     mark_published,
     open_series,
+    pauses_seen,
     record_instance,
     still_open,
     unpublished,
 )
+from receiver.settle import REMEMBERED_SERIES, Settling
 
 log = logging.getLogger(__name__)
 
 RELEASED_AND_EVEN: Final = "released-and-even"
 RELEASED_AND_NOT_A_STACK: Final = "released-and-not-a-stack"
 QUIET: Final = "quiet"
+ANNOUNCED_AND_COMPLETE: Final = "announced-and-complete"
 
-SAME_ORIENTATION = 0.05
-"""Largest difference of direction cosines within one stack."""
-SAME_POSITION_MM = 0.01
-EVEN_TOLERANCE = 0.1
-"""Steps of one stack differ by less than this fraction; a missing slice makes a step twice as long."""
-MOST_STACKS = 3
-"""Head protocols change their spacing once or twice, as from 4 mm in the posterior fossa to 7 mm above."""
-FEWEST_STEPS = 3
-"""Fewest equal steps that make a stack of their own."""
-
-
-# --- geometry --------------------------------------------------------------------------------------------------------
-
-
-def is_even(planes: Collection[Plane | None], fewest: int) -> bool:
-    """Whether the planes are one even, gap-free stack, or a few such stacks end to end; at least `fewest` positions.
-
-    A plane without position, or positions that occur unequally often (a second pass that is half sent), are not even.
-    """
-    known = [plane for plane in planes if plane is not None]
-    if len(known) < max(fewest, 2) or len(known) < len(planes):
-        return False
-    positions = _positions_mm(known)
-    starts = np.flatnonzero(np.diff(positions, prepend=-np.inf) > SAME_POSITION_MM)
-    times = np.diff(starts, append=len(positions))
-    if len(starts) < max(fewest, 2) or bool((times != times[0]).any()):
-        return False
-    return _piecewise_constant([float(step) for step in np.diff(positions[starts])])
-
-
-def _positions_mm(planes: list[Plane]) -> NDArray[np.float64]:
-    """Ascending positions along the normal of those planes that share the usual orientation."""
-    orientations = np.array([plane.orientation for plane in planes])
-    usual = np.median(orientations, axis=0)
-    same = np.abs(orientations - usual).max(axis=1) < SAME_ORIENTATION
-    normal = np.cross(usual[:3], usual[3:])
-    points = np.array([plane.position for plane in planes])[same]
-    positions: NDArray[np.float64] = np.sort(points @ normal)
-    return positions
-
-
-def _piecewise_constant(steps: list[float]) -> bool:
-    runs: list[list[float]] = []
-    for step in steps:
-        if runs and abs(step - runs[-1][0]) <= EVEN_TOLERANCE * runs[-1][0]:
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    if len(runs) == 1:
-        return True
-    for i, run in enumerate(runs):
-        if len(run) >= FEWEST_STEPS:
-            continue
-        joint = len(run) == 1 and 0 < i < len(runs) - 1
-        # where two stacks meet the step is anything up to the wider spacing; a longer one is a gap
-        if not joint or run[0] > (1 + EVEN_TOLERANCE) * max(runs[i - 1][0], runs[i + 1][0]):
-            return False
-    return sum(len(run) >= FEWEST_STEPS for run in runs) <= MOST_STACKS
+MOST_ANNOUNCED: Final = 200_000
+"""SOP Instance UIDs announced of series that are not open, some 30 MB; the oldest announcements are forgotten."""
 
 
 # --- state machine ---------------------------------------------------------------------------------------------------
@@ -114,11 +66,23 @@ class _Series:
 
     last_image: float
     last_change: float
+    alarm: float = math.inf
+    """The earliest moment at which it is going to be looked at."""
     planes: dict[str, Plane | None] = field(default_factory=dict)
     """By SOP Instance UID: the planes of a stack."""
     others: set[str] = field(default_factory=set)
     """SOP Instance UIDs of what is not part of a stack."""
     associations: set[int] = field(default_factory=set)
+    senders: set[str] = field(default_factory=set)
+    """Calling AE titles."""
+    released_at: float | None = None
+    """Since when nobody sends it any more."""
+    pause_s: float = 0.0
+    """Longest pause between its release and its next new image, of those that a rest can bridge."""
+    announced: bool = False
+    missing: set[str] = field(default_factory=set)
+    """SOP Instance UIDs that are announced and not there."""
+    resumed: bool = False
     cut_off: bool = False
     """The process ended while it was sent, so that its sender, who was cut off, is waited for."""
     released: str | None = None
@@ -130,7 +94,15 @@ class _Series:
             self.planes[header.sop_instance_uid] = header.plane
         else:
             self.others.add(header.sop_instance_uid)
+        self.missing.discard(header.sop_instance_uid)
         self.looked_at = False
+
+    def holds(self, sop_instance_uid: str) -> bool:
+        return sop_instance_uid in self.planes or sop_instance_uid in self.others
+
+    def announce(self, sop_instance_uids: Iterable[str]) -> None:
+        self.announced = True
+        self.missing.update(uid for uid in sop_instance_uids if not self.holds(uid))
 
     def reason(self, fewest: int) -> str | None:
         if not self.looked_at:
@@ -143,14 +115,36 @@ class _Series:
         return self.released
 
 
-class Assembly:
-    """Which series are open, and when each is due to be closed; every method is told `now` in seconds."""
+@dataclass(frozen=True, order=True)
+class Closed:
+    """One series that was due: since when, which, why, and what its senders' pauses were."""
 
-    def __init__(self, settle_s: float, quiet_s: float, min_even_slices: int) -> None:
-        self._settle_s = settle_s
+    due_at: float
+    key: SeriesKey
+    reason: str
+    settle_s: float
+    """The rest that it was given."""
+    largest_gap_s: float | None
+    """The longest pause that it showed; None when it was not seen from its beginning."""
+
+
+class Assembly:
+    """Which series are open, and when each is due to be closed; every method is told `now` in seconds.
+
+    An image costs constant time. Each open series has an alarm, which may ring too early, and is then set again, but
+    never too late: images, which only put things off, need not touch it, and geometry is judged when it rings.
+    """
+
+    def __init__(self, settling: Settling, quiet_s: float, min_even_slices: int) -> None:
+        self._settling = settling
         self._quiet_s = quiet_s
         self._fewest = min_even_slices
         self._open: dict[SeriesKey, _Series] = {}
+        self._sent_over: dict[int, set[SeriesKey]] = {}
+        self._alarms: list[tuple[float, SeriesKey]] = []
+        self._released_at: OrderedDict[SeriesKey, float] = OrderedDict()  # of series that were closed just now
+        self._announced: OrderedDict[str, set[str]] = OrderedDict()  # by Series Instance UID, of what is not open
+        self._announced_count = 0
 
     def __contains__(self, key: SeriesKey) -> bool:
         return key in self._open
@@ -158,67 +152,180 @@ class Assembly:
     def __len__(self) -> int:
         return len(self._open)
 
-    def image(self, key: SeriesKey, header: InstanceHeader, association: int, now: float, new: bool = True) -> bool:
+    def holds(self, study_instance_uid: str) -> bool:
+        """Whether a series of this study is open."""
+        return any(study == study_instance_uid for study, _ in self._open)
+
+    def image(
+        self, key: SeriesKey, header: InstanceHeader, association: int, sender: str, now: float, new: bool = True
+    ) -> bool:
         """Take in one image; returns whether it opened the series. Known bytes (`new` false) open nothing."""
         entry = self._open.get(key)
         opened = entry is None
         if entry is None:
             if not new:
                 return False
-            entry = self._open[key] = _Series(last_image=now, last_change=now)
+            entry = self._opened(key, now)
+            entry.released_at = self._released_at.pop(key, None)  # closed too early
+        if new and entry.released_at is not None:
+            pause_s = now - entry.released_at
+            if entry.pause_s < pause_s <= self._settling.max_s:
+                entry.pause_s = pause_s
+                self._settling.note(sender, key, pause_s)
         entry.add(header)
         entry.associations.add(association)
+        entry.senders.add(sender)
+        entry.released_at = None
         entry.last_image = entry.last_change = now
+        self._sent_over.setdefault(association, set()).add(key)
         return opened
 
     def resume(self, key: SeriesKey, now: float) -> None:
         """Open a series again that was open when the process ended, and give its sender time to come back."""
-        self._open.setdefault(key, _Series(last_image=now, last_change=now, cut_off=True))
+        if key not in self._open:
+            entry = self._opened(key, now)
+            entry.resumed = entry.cut_off = True
 
     def earlier(self, key: SeriesKey, headers: Iterable[InstanceHeader]) -> None:
         """Add what the store already held of an open series."""
         entry = self._open.get(key)
-        for header in headers if entry is not None else ():
-            if entry is not None and header.sop_instance_uid not in entry.planes:
+        if entry is None:
+            return
+        for header in headers:
+            if not entry.holds(header.sop_instance_uid):
                 entry.add(header)
+        self._set_alarm(key, entry)
 
     def sop_instance_uids(self, key: SeriesKey) -> set[str]:
         """What is known of an open series."""
         entry = self._open.get(key)
         return entry.planes.keys() | entry.others if entry is not None else set()
 
+    def announce(self, series_instance_uid: str, sop_instance_uids: Collection[str]) -> None:
+        """Somebody who knows says what belongs to a series, which may be yet to come, open, or closed.
+
+        What several announcements say adds up. One that comes after the series was closed changes nothing.
+        """
+        if not sop_instance_uids:
+            return
+        is_open = False
+        for key, entry in self._open.items():
+            if key[1] == series_instance_uid:
+                is_open = True
+                entry.announce(sop_instance_uids)
+                self._set_alarm(key, entry)
+        if not is_open:
+            self._remember(series_instance_uid, sop_instance_uids)
+
     def association_ended(self, association: int, now: float) -> None:
         """An association was released or aborted, or its connection is gone."""
-        for entry in self._open.values():
-            if association in entry.associations:
-                entry.associations.remove(association)
-                entry.cut_off = False
-                entry.last_change = now
+        for key in self._sent_over.pop(association, ()):
+            entry = self._open.get(key)
+            if entry is None or association not in entry.associations:
+                continue
+            entry.associations.remove(association)
+            entry.cut_off = False
+            entry.last_change = now
+            if not entry.associations:
+                entry.released_at = now
+            self._set_alarm(key, entry)
 
-    def due(self, now: float) -> list[tuple[SeriesKey, str]]:
-        """Close what is due: keys with the reason, in the order of their deadlines."""
-        found = sorted(
-            (deadline, key, reason) for key, (deadline, reason) in self._deadlines().items() if deadline <= now
-        )
-        for _, key, _ in found:
-            del self._open[key]
-        return [(key, reason) for _, key, reason in found]
+    def due(self, now: float) -> list[Closed]:
+        """Close what is due, in the order of the deadlines."""
+        found = []
+        while self._alarms and self._alarms[0][0] <= now:
+            at, key = heapq.heappop(self._alarms)
+            entry = self._open.get(key)
+            if entry is None or entry.alarm != at:  # closed meanwhile, or an earlier alarm took its place
+                continue
+            entry.alarm = math.inf
+            deadline, reason = self._deadline_of(entry)
+            if deadline <= now and reason is None:
+                deadline, reason = self._judged(entry)
+            if deadline <= now and reason is not None:
+                found.append(self._closed(key, entry, deadline, reason))
+            else:
+                self._set_alarm(key, entry, deadline)
+        self._forget_released(now)
+        return sorted(found)
 
     def deadline(self) -> float | None:
-        """When the next series is due; None when none is open."""
-        return min((deadline for deadline, _ in self._deadlines().values()), default=None)
+        """When to look again, at the latest when the next series is due; None when none is open."""
+        while self._alarms:
+            at, key = self._alarms[0]
+            entry = self._open.get(key)
+            if entry is not None and entry.alarm == at:
+                return at
+            heapq.heappop(self._alarms)
+        return None
 
-    def _deadlines(self) -> dict[SeriesKey, tuple[float, str]]:
-        return {key: self._deadline_of(entry) for key, entry in self._open.items()}
+    # --- deadlines ---------------------------------------------------------------------------------------------------
 
-    def _deadline_of(self, entry: _Series) -> tuple[float, str]:
+    def _deadline_of(self, entry: _Series) -> tuple[float, str | None]:
+        """When a series is due or to be judged, and why; no reason yet where its geometry must be judged then."""
         quiet = entry.last_image + self._quiet_s, QUIET
-        if entry.associations or entry.cut_off:
+        if entry.associations or entry.missing:
             return quiet
+        if entry.announced:
+            return entry.last_change, ANNOUNCED_AND_COMPLETE
+        if entry.cut_off:
+            return quiet
+        rested = entry.last_change + self._rest_of(entry)
+        return (rested, None) if rested < quiet[0] else quiet
+
+    def _judged(self, entry: _Series) -> tuple[float, str]:
         reason = entry.reason(self._fewest)
         if reason is None:
-            return quiet
-        return min(quiet, (entry.last_change + self._settle_s, reason))
+            return entry.last_image + self._quiet_s, QUIET
+        return entry.last_change + self._rest_of(entry), reason
+
+    def _rest_of(self, entry: _Series) -> float:
+        return self._settling.rest_s(entry.senders, entry.pause_s)
+
+    def _set_alarm(self, key: SeriesKey, entry: _Series, at: float | None = None) -> None:
+        """Ring no later than `at`, by default when the series is due or to be judged."""
+        at = self._deadline_of(entry)[0] if at is None else at
+        if at < entry.alarm:
+            entry.alarm = at
+            heapq.heappush(self._alarms, (at, key))
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    def _opened(self, key: SeriesKey, now: float) -> _Series:
+        entry = self._open[key] = _Series(last_image=now, last_change=now)
+        announced = self._announced.pop(key[1], None)
+        if announced is not None:
+            self._announced_count -= len(announced)
+            entry.announce(announced)
+        self._set_alarm(key, entry, now + self._quiet_s)
+        return entry
+
+    def _closed(self, key: SeriesKey, entry: _Series, due_at: float, reason: str) -> Closed:
+        settle_s = self._rest_of(entry)
+        seen = not entry.resumed or entry.pause_s > 0
+        if seen:
+            for sender in entry.senders:
+                self._settling.note(sender, key, 0.0)
+        if entry.missing:  # what comes late may still complete it
+            self._remember(key[1], entry.missing)
+        if entry.released_at is not None:
+            self._released_at[key] = entry.released_at
+        del self._open[key]
+        return Closed(due_at, key, reason, settle_s, entry.pause_s if seen else None)
+
+    def _forget_released(self, now: float) -> None:
+        """A pause longer than the longest rest teaches nothing."""
+        while self._released_at and next(iter(self._released_at.values())) < now - self._settling.max_s:
+            self._released_at.popitem(last=False)
+
+    def _remember(self, series_instance_uid: str, sop_instance_uids: Iterable[str]) -> None:
+        announced = self._announced.pop(series_instance_uid, set())
+        self._announced_count -= len(announced)
+        announced.update(sop_instance_uids)
+        self._announced[series_instance_uid] = announced
+        self._announced_count += len(announced)
+        while self._announced_count > MOST_ANNOUNCED or len(self._announced) > MOST_ANNOUNCED // 50:
+            self._announced_count -= len(self._announced.popitem(last=False)[1])
 
 
 # --- thread ----------------------------------------------------------------------------------------------------------
@@ -240,7 +347,8 @@ class SeriesAssembler:
         publish: Callable[[SeriesReceived], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._assembly = Assembly(config.settle_s, config.quiet_s, config.min_even_slices)
+        self._settling = Settling(config.settle_s, config.settle_min_s, config.settle_max_s)
+        self._assembly = Assembly(self._settling, config.quiet_s, config.min_even_slices)
         self._store = store
         self._recorder = recorder
         self._publish = publish
@@ -271,7 +379,14 @@ class SeriesAssembler:
         """Take in an instance that is durable in the store; the future is done when its ledger row is committed."""
         key = arrival.series_key
         with self._changed:
-            opened = self._assembly.image(key, arrival.header, association, self._clock(), new=arrival.stored.new)
+            opened = self._assembly.image(
+                key,
+                arrival.header,
+                association,
+                arrival.calling_ae_title,
+                self._clock(),
+                new=arrival.stored.new,
+            )
             if opened:
                 self._unread.add(key)
                 self._changed.notify()
@@ -290,6 +405,17 @@ class SeriesAssembler:
             self._assembly.association_ended(association, self._clock())
             self._wake_if_earlier()
 
+    def announce(self, series_instance_uid: str, sop_instance_uids: Collection[str]) -> None:
+        """These instances belong to the series, says an MPPS or an availability notification; any time is right."""
+        with self._changed:
+            self._assembly.announce(series_instance_uid, sop_instance_uids)
+            self._wake_if_earlier()
+
+    def holds(self, study_instance_uid: str) -> bool:
+        """Whether a series of this study is open, so that more of it may come."""
+        with self._changed:
+            return self._assembly.holds(study_instance_uid)
+
     def _wake_if_earlier(self) -> None:
         deadline = self._assembly.deadline()
         if deadline is not None and (self._wakes_at is None or deadline < self._wakes_at):
@@ -297,16 +423,18 @@ class SeriesAssembler:
 
     # --- at start ----------------------------------------------------------------------------------------------------
 
-    def _left_over(self, connection: Connection) -> tuple[list[SeriesKey], list[SeriesReceived]]:
+    def _left_over(self, connection: Connection) -> "_LeftOver":
         """What the last process left: files without a row, series that are open, series not yet published."""
         restore_index(connection, self._store)
-        return still_open(connection), unpublished(connection)
+        return _LeftOver(still_open(connection), unpublished(connection), pauses_seen(connection, REMEMBERED_SERIES))
 
-    def _resume(self, done: "Future[tuple[list[SeriesKey], list[SeriesReceived]]]") -> None:
+    def _resume(self, done: "Future[_LeftOver]") -> None:
         if done.exception():
             return
-        keys, events = done.result()
+        keys, events = done.result().open, done.result().unpublished
         with self._changed:
+            for pause in done.result().pauses:
+                self._settling.note(pause.calling_ae_title, pause.key, pause.largest_gap_s)
             for key in keys:
                 self._assembly.resume(key, self._clock())
             self._unread.update(keys)
@@ -332,13 +460,14 @@ class SeriesAssembler:
                     self._wait()
 
     def _close_due(self) -> None:
-        for key, reason in self._assembly.due(self._clock()):
-            self._close(key, reason)
+        for closed in self._assembly.due(self._clock()):
+            self._close(closed, utc_now())
 
-    def _close(self, key: SeriesKey, reason: str) -> None:
-        closed_at = utc_now()
-        done = self._recorder.submit(lambda connection: close_series(connection, key, reason, closed_at))
-        done.add_done_callback(self._closed)
+    def _close(self, closed: Closed, at: datetime) -> None:
+        def statement(connection: Connection) -> SeriesReceived | None:
+            return close_series(connection, closed.key, closed.reason, at, closed.settle_s, closed.largest_gap_s)
+
+        self._recorder.submit(statement).add_done_callback(self._closed)
 
     def _closed(self, done: "Future[SeriesReceived | None]") -> None:
         event = None if done.exception() else done.result()
@@ -397,6 +526,15 @@ class SeriesAssembler:
             self._recorder.submit(_marked(event, utc_now()))
             with self._changed:
                 self._to_publish.pop(0)
+
+
+@dataclass(frozen=True)
+class _LeftOver:
+    """What an earlier process left in the ledger."""
+
+    open: list[SeriesKey]
+    unpublished: list[SeriesReceived]
+    pauses: list[Pause]
 
 
 def _marked(event: SeriesReceived, at: datetime) -> Callable[[Connection], None]:

@@ -62,6 +62,15 @@ class Rejection:
     error: str
 
 
+@dataclass(frozen=True)
+class Pause:
+    """The longest pause that one sender showed in one series."""
+
+    calling_ae_title: str
+    key: SeriesKey
+    largest_gap_s: float
+
+
 # --- statements ------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +133,14 @@ def open_series(
     connection.execute(insert(series).values(row))
 
 
-def close_series(connection: Connection, key: SeriesKey, reason: str, at: datetime) -> SeriesReceived | None:
+def close_series(
+    connection: Connection,
+    key: SeriesKey,
+    reason: str,
+    at: datetime,
+    settle_s: float | None = None,
+    largest_gap_s: float | None = None,
+) -> SeriesReceived | None:
     """Close the open revision and say what is to be published; None when none is open."""
     row = connection.execute(select(series).where(_is_open(key))).mappings().first()
     if row is None:
@@ -142,6 +158,8 @@ def close_series(connection: Connection, key: SeriesKey, reason: str, at: dateti
         "last_image_at": counted["last_image_at"] or row["last_image_at"],
         "closed_at": at,
         "close_reason": reason,
+        "settle_s": settle_s,
+        "largest_gap_s": largest_gap_s,
     }
     connection.execute(update(series).where(_is_open(key)).values(closed))
     return _event({**row, **closed})
@@ -164,6 +182,21 @@ def still_open(connection: Connection) -> list[SeriesKey]:
     """The series with an open revision."""
     rows = select(series.c.study_instance_uid, series.c.series_instance_uid).where(series.c.closed_at.is_(None))
     return [(study, uid) for study, uid in connection.execute(rows)]
+
+
+def pauses_seen(connection: Connection, most: int) -> list[Pause]:
+    """The longest pauses in the last revisions of every sender, `most` at most of each; oldest first."""
+    newest_first = func.row_number().over(partition_by=series.c.calling_ae_title, order_by=series.c.closed_at.desc())
+    known = (
+        select(series, newest_first.label("age"))
+        .where(series.c.closed_at.is_not(None), series.c.largest_gap_s.is_not(None), series.c.calling_ae_title != "")
+        .subquery()
+    )
+    rows = connection.execute(select(known).where(known.c.age <= most).order_by(known.c.closed_at)).mappings()
+    return [
+        Pause(row["calling_ae_title"], (row["study_instance_uid"], row["series_instance_uid"]), row["largest_gap_s"])
+        for row in rows
+    ]
 
 
 def _is_open(key: SeriesKey) -> Any:

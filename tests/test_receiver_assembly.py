@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from receiver_fakes import ListBus, config_under, ct_series, ct_slice, receiving, send_all
 
 from herald.instance import InstanceHeader, Plane, read_header
-from receiver.assembly import QUIET, RELEASED_AND_EVEN, RELEASED_AND_NOT_A_STACK, Assembly, is_even
+from receiver.assembly import QUIET, RELEASED_AND_EVEN, RELEASED_AND_NOT_A_STACK, Assembly, Closed
+from receiver.geometry import is_even
+from receiver.settle import Settling
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 KEY = ("1.2.3", "1.2.3.4")
@@ -97,18 +99,21 @@ def test_real_series_are_even() -> None:
 
 
 def assembly() -> Assembly:
-    return Assembly(settle_s=0.5, quiet_s=10.0, min_even_slices=4)
+    return Assembly(Settling(first_s=0.5, min_s=0.2, max_s=5.0), quiet_s=10.0, min_even_slices=4)
+
+
+def closed(due: list[Closed]) -> list[tuple[tuple[str, str], str]]:
+    return [(series.key, series.reason) for series in due]
 
 
 def test_an_even_series_closes_after_the_settle_time_once_released() -> None:
     a = assembly()
     for i in range(4):
-        a.image(KEY, header(5.0 * i, f"1.{i}"), 1, now=float(i) / 10)
-    assert a.deadline() == pytest.approx(10.3)
+        a.image(KEY, header(5.0 * i, f"1.{i}"), 1, "CT1", now=float(i) / 10)
     a.association_ended(1, now=1.0)
     assert a.deadline() == 1.5
     assert a.due(1.49) == []
-    assert a.due(1.5) == [(KEY, RELEASED_AND_EVEN)]
+    assert closed(a.due(1.5)) == [(KEY, RELEASED_AND_EVEN)]
     assert len(a) == 0
     assert a.deadline() is None
 
@@ -116,42 +121,43 @@ def test_an_even_series_closes_after_the_settle_time_once_released() -> None:
 def test_a_series_waits_while_another_association_sends_it() -> None:
     a = assembly()
     for i in range(4):
-        a.image(KEY, header(5.0 * i, f"1.{i}"), i % 2, now=0.0)
+        a.image(KEY, header(5.0 * i, f"1.{i}"), i % 2, "CT1", now=0.0)
     a.association_ended(0, now=0.1)
     assert a.due(5.0) == []
     a.association_ended(1, now=5.0)
-    assert a.due(5.5) == [(KEY, RELEASED_AND_EVEN)]
+    assert closed(a.due(5.5)) == [(KEY, RELEASED_AND_EVEN)]
 
 
 def test_two_slices_wait_for_the_quiet_period() -> None:
     a = assembly()
-    a.image(KEY, header(0.0, "1.1"), 1, now=0.0)
-    a.image(KEY, header(5.0, "1.2"), 1, now=0.0)
+    a.image(KEY, header(0.0, "1.1"), 1, "CT1", now=0.0)
+    a.image(KEY, header(5.0, "1.2"), 1, "CT1", now=0.0)
     a.association_ended(1, now=0.1)
     assert a.due(9.9) == []
-    assert a.due(10.0) == [(KEY, QUIET)]
+    assert closed(a.due(10.0)) == [(KEY, QUIET)]
 
 
 def test_a_report_closes_once_released_because_there_is_nothing_to_wait_for() -> None:
     a = assembly()
-    a.image(KEY, header(None, "1.1", stacked=False), 1, now=0.0)
+    a.image(KEY, header(None, "1.1", stacked=False), 1, "CT1", now=0.0)
     a.association_ended(1, now=0.1)
-    assert a.due(0.6) == [(KEY, RELEASED_AND_NOT_A_STACK)]
+    assert closed(a.due(0.6)) == [(KEY, RELEASED_AND_NOT_A_STACK)]
 
 
 def test_an_association_that_stays_open_does_not_hold_a_series_for_ever() -> None:
     a = assembly()
-    a.image(KEY, header(0.0, "1.1"), 1, now=0.0)
-    assert a.due(10.0) == [(KEY, QUIET)]
+    a.image(KEY, header(0.0, "1.1"), 1, "CT1", now=0.0)
+    assert closed(a.due(10.0)) == [(KEY, QUIET)]
 
 
 def test_known_bytes_open_nothing_but_prolong_an_open_series() -> None:
     a = assembly()
-    assert not a.image(KEY, header(0.0, "1.1"), 1, now=0.0, new=False)
+    assert not a.image(KEY, header(0.0, "1.1"), 1, "CT1", now=0.0, new=False)
     assert KEY not in a
-    assert a.image(KEY, header(0.0, "1.1"), 1, now=0.0)
-    assert not a.image(KEY, header(0.0, "1.1"), 1, now=6.0, new=False)
-    assert a.deadline() == 16.0
+    assert a.image(KEY, header(0.0, "1.1"), 1, "CT1", now=0.0)
+    assert not a.image(KEY, header(0.0, "1.1"), 1, "CT1", now=6.0, new=False)
+    assert a.due(15.9) == []
+    assert closed(a.due(16.0)) == [(KEY, QUIET)]
 
 
 def test_a_resumed_series_waits_for_its_sender_and_is_judged_with_its_earlier_slices() -> None:
@@ -159,9 +165,9 @@ def test_a_resumed_series_waits_for_its_sender_and_is_judged_with_its_earlier_sl
     a.resume(KEY, now=0.0)
     a.earlier(KEY, [header(5.0 * i, f"1.{i}") for i in range(4)])
     assert a.deadline() == 10.0, "even, but its sender was cut off"
-    a.image(KEY, header(20.0, "1.4"), 1, now=3.0)
+    a.image(KEY, header(20.0, "1.4"), 1, "CT1", now=3.0)
     a.association_ended(1, now=3.1)
-    assert a.due(3.6) == [(KEY, RELEASED_AND_EVEN)]
+    assert closed(a.due(3.6)) == [(KEY, RELEASED_AND_EVEN)]
 
 
 @given(
@@ -185,7 +191,7 @@ def test_whatever_happens_every_image_is_in_a_series_that_closes_once_per_openin
         if what == "image":
             key = ("1", f"1.{of_series}")
             slice_header = replace(header(5.0 * z, f"{of_series}.{z}"), series_instance_uid=key[1])
-            opened += a.image(key, slice_header, association, now)
+            opened += a.image(key, slice_header, association, "CT1", now)
             assert key in a
         else:
             a.association_ended(association, now)
