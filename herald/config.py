@@ -207,6 +207,9 @@ class Config:
 SECRETS = (("notifier", "smtp_password"), ("webui", "token"), ("webui", "secret_key"))
 
 
+_RECEIVER_FILES = ("tls_certificate", "tls_key", "tls_client_ca")
+
+
 def load_config(path: Path | None = None, environment: Mapping[str, str] | None = None) -> Config:
     """Read `path` (default: $HERALD_CONFIG, else ./herald.toml when there is one) and the environment.
 
@@ -323,6 +326,7 @@ def _resolved(config: Config) -> Config:
         serving=replace(config.serving, models=data_dir / config.serving.models),
         ledger=replace(config.ledger, url=_resolved_url(config.ledger.url, data_dir)),
         bus=replace(config.bus, url=_resolved_url(config.bus.url, data_dir)),
+        receiver=replace(config.receiver, **_resolved_files(config.receiver, data_dir)),
         webui=replace(config.webui, public_url=config.webui.public_url or config.notifier.webui_url),
     )
     for table, key in SECRETS:
@@ -335,6 +339,10 @@ def _resolved(config: Config) -> Config:
                 raise ConfigError(f"{table}.{key}: cannot read the secret file {path}: {error.strerror}") from error
             config = replace(config, **{table: replace(getattr(config, table), **{key: secret})})
     return config
+
+
+def _resolved_files(config: ReceiverConfig, data_dir: Path) -> dict[str, Any]:
+    return {key: str(data_dir / file) for key in _RECEIVER_FILES if (file := getattr(config, key))}
 
 
 def _resolved_url(url: str, data_dir: Path) -> str:

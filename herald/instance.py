@@ -40,6 +40,9 @@ _TAGS = [
     _IMAGE_ORIENTATION_PATIENT,
 ]
 _LAST = max(_TAGS)
+_PIXEL_DATA = 0x7FE00008  # FloatPixelData; DoubleFloatPixelData and PixelData follow
+_PIXEL_DATA_TAGS = range(_PIXEL_DATA, 0x7FE00011)
+_UNDEFINED_LENGTH = 0xFFFFFFFF
 _DEFLATED_HEADER_BYTES = 1 << 20  # so much of an inflated data set is looked at for its header
 _PREAMBLE_BYTES = 132
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
@@ -73,22 +76,65 @@ class InstanceHeader:
     plane: Plane | None
 
 
+@dataclass(frozen=True)
+class Head:
+    """The start of a data set: its header, and where its pixel data end."""
+
+    header: InstanceHeader
+    whole: bool
+    """An element after all that the header is made of was seen, so that more bytes would not change it."""
+    pixel_data_end: int | None
+    """Offset after the value of PixelData; None where there is none yet, or its length is undefined or deflated."""
+
+
 def header_from_dataset(encoded: BinaryIO, transfer_syntax_uid: str) -> InstanceHeader:
     """Read from an encoded data set without preamble and File Meta; raises NotDicomError when it cannot be decoded."""
+    return read_head(encoded, transfer_syntax_uid).header
+
+
+def read_head(encoded: BinaryIO, transfer_syntax_uid: str) -> Head:
+    """Read up to the pixel data, whose bytes need not be there; raises NotDicomError when it cannot be decoded.
+
+    A structure that is broken after the header, before the pixel data, is left to whoever decodes the pixels.
+    """
     syntax = UID(transfer_syntax_uid)
     try:
         if syntax == DeflatedExplicitVRLittleEndian:
             inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(encoded.read(), _DEFLATED_HEADER_BYTES)
             encoded = BytesIO(inflated)
-        ds = read_dataset(
-            encoded, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=_after_header, specific_tags=list(_TAGS)
-        )
-        return _header(ds, str(syntax))
+        start = encoded.tell()
+        try:
+            return _read_until(encoded, syntax, _PIXEL_DATA)
+        except Exception:  # see below
+            encoded.seek(start)
+            return _read_until(encoded, syntax, _LAST + 1)
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors: all mean the same
         raise NotDicomError(
             f"the data set cannot be decoded as {syntax.name} ({type(error).__name__}: {error}); "
             "check the sender's encoding and send the instance again"
         ) from error
+
+
+def _read_until(encoded: BinaryIO, syntax: UID, first_unread: int) -> Head:
+    seen = stopped_at = 0
+    stopped_length = _UNDEFINED_LENGTH
+
+    def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
+        nonlocal seen, stopped_at, stopped_length
+        seen = max(seen, int(tag))
+        if int(tag) < first_unread:
+            return False
+        stopped_at, stopped_length = int(tag), length
+        return True
+
+    ds = read_dataset(
+        encoded, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=stop, specific_tags=list(_TAGS)
+    )
+    end = None
+    if stopped_at in _PIXEL_DATA_TAGS and stopped_length != _UNDEFINED_LENGTH and not syntax.is_deflated:
+        # read_dataset goes back to the start of the element; its tag, VR and length take 8 or 12 bytes (PS3.5 7.1)
+        end = encoded.tell() + (8 if syntax.is_implicit_VR else 12) + stopped_length
+    return Head(_header(ds, str(syntax)), seen > _LAST, end)
 
 
 def read_header(path: Path) -> InstanceHeader:
@@ -115,10 +161,6 @@ def _file_meta(path: Path) -> tuple[str, int]:
         raise
     except Exception as error:  # see header_from_dataset
         raise NotDicomError(f"{path.name} has no readable File Meta Information ({error}); PS3.10 7.1") from error
-
-
-def _after_header(tag: BaseTag, vr: str | None, length: int) -> bool:
-    return int(tag) > _LAST
 
 
 def _header(ds: Dataset, transfer_syntax_uid: str) -> InstanceHeader:

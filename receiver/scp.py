@@ -4,25 +4,36 @@ Success means that the file and its folder are fsynced. Bytes are written as the
 header elements that say where an instance belongs.
 """
 
+import contextlib
 import logging
-import socket
+import ssl
+import struct
 import threading
+from collections.abc import Callable
+from io import BytesIO
 from typing import Any, cast
 
-from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
-from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.dsutils import encode_file_meta
+from pynetdicom import (
+    AE,
+    PYNETDICOM_IMPLEMENTATION_UID,
+    PYNETDICOM_IMPLEMENTATION_VERSION,
+    AllStoragePresentationContexts,
+    _config,
+    evt,
+)
 
 from herald.config import ReceiverConfig
 from herald.errors import ConfigError, DicomError, NotDicomError, StoreError
 from herald.events import utc_now
-from herald.instance import InstanceHeader, header_from_dataset
-from herald.store import StudyStore
+from herald.instance import Head, InstanceHeader, read_head
+from herald.store import IncomingInstance, StudyStore
+from receiver.access import AllowedSenders, tls_context
 from receiver.assembly import SeriesAssembler
+from receiver.command import StoreRequest
 from receiver.record import Arrival, Recorder, Rejection, record_rejection
 from receiver.statuses import StoreStatus
+from receiver.upper_layer import ReceivingAssociation, ReceivingServer, printable
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +60,11 @@ TRANSFER_SYNTAXES = [
 VERIFICATION = "1.2.840.10008.1.1"
 """SOP class of C-ECHO (PS3.4 annex A)."""
 
-LEDGER_WAIT_S = 1.0
-"""Longest wait for an instance's ledger row; its file is the truth and the row follows."""
+HEAD_BYTES = 1 << 16
+"""So much of a data set is kept in memory for its header; a longer header is read from the file."""
+
+POLL_S = 0.1
+"""How often the listening thread looks whether it is to stop."""
 
 _PREAMBLE = b"\0" * 128 + b"DICM"  # PS3.10 7.1
 
@@ -64,66 +78,71 @@ class _Refused(Exception):
 
 
 class StorageServer:
-    """Accepts associations between `start` and `stop`; raises ConfigError when the port cannot be opened."""
+    """Accepts associations between `start` and `stop`; raises ConfigError when a port cannot be opened."""
 
     def __init__(
         self, config: ReceiverConfig, store: StudyStore, recorder: Recorder, assembler: SeriesAssembler
     ) -> None:
+        self.store = store
+        self.assembler = assembler
         self._config = config
-        self._store = store
         self._recorder = recorder
-        self._assembler = assembler
-        self._live: set[int] = set()  # ids of the associations whose connection is open
+        self._allowed = AllowedSenders(config.allowed_senders)
         self._idle = threading.Condition()
         self._in_flight = 0
         self._stopping = False
         self._ae = _application_entity(config)
-        self._server: Any = None
+        self._servers: list[ReceivingServer] = []
 
     @property
     def port(self) -> int:
         """The port that is listened on; the one that was found where the configuration says 0."""
-        return int(self._server.server_address[1])
+        return int(self._servers[0].server_address[1])
 
     def start(self) -> None:
         """Listen; returns at once."""
         _config.LOG_HANDLER_LEVEL = "none"  # pynetdicom would format every message for its log
+        self._listen("receiver.port", self._config.port, None)
+        if self._config.tls_port:
+            self._listen("receiver.tls_port", self._config.tls_port, tls_context(self._config))
+
+    def _listen(self, setting: str, port: int, context: ssl.SSLContext | None) -> None:
+        handlers: list[tuple[evt.EventType, Callable[..., Any]]] = [
+            (evt.EVT_ACCEPTED, self._accepted),
+            (evt.EVT_REJECTED, self._rejected),
+        ]
+        address = self._config.host, port
         try:
-            self._server = self._ae.start_server(
-                (self._config.host, self._config.port),
-                block=False,
-                evt_handlers=[
-                    (evt.EVT_CONN_OPEN, self._connected),
-                    (evt.EVT_ACCEPTED, self._accepted),
-                    (evt.EVT_REJECTED, self._rejected),
-                    (evt.EVT_C_STORE, self._store_instance),
-                    (evt.EVT_RELEASED, self._ended),
-                    (evt.EVT_ABORTED, self._ended),
-                    (evt.EVT_CONN_CLOSE, self._ended),
-                ],
-            )
+            server = ReceivingServer(self._ae, address, self, self._ae.supported_contexts, handlers, context)
         except OSError as error:
             raise ConfigError(
-                f"receiver.port {self._config.port} on {self._config.host} cannot be opened: {error.strerror}; "
+                f"{setting} {port} on {self._config.host} cannot be opened: {error.strerror}; "
                 "is another receiver running?"
             ) from error
-        log.info("%s listens on %s:%d", self._config.ae_title, self._config.host, self.port)
+        self._servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(POLL_S,), name=setting, daemon=True).start()
+        secured = " with TLS" if context is not None else ""
+        log.info("%s listens on %s:%d%s", self._config.ae_title, self._config.host, server.server_address[1], secured)
 
     def stop(self, timeout_s: float) -> None:
         """Finish the instances that are being stored, refuse further ones, then abort what is still connected."""
         with self._idle:
             self._stopping = True
             self._idle.wait_for(lambda: self._in_flight == 0, timeout_s)
-        self._ae.shutdown()
+        for server in self._servers:
+            server.stop(timeout_s)
 
     # --- associations ------------------------------------------------------------------------------------------------
 
-    def _connected(self, event: evt.Event) -> None:
-        self._live.add(id(event.assoc))
-        connection = event.assoc.dul.socket
-        if connection is not None and connection.socket is not None:
-            # small responses must not wait for the sender's delayed acknowledgement
-            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def refusal(self, association: ReceivingAssociation) -> str | None:
+        """Why this sender may not connect; None lets it in."""
+        if self._allowed(association.calling_ae_title, association.calling_address):
+            return None
+        return "it is not in receiver.allowed_senders"
+
+    def ended(self, association: ReceivingAssociation) -> None:
+        """Nothing more comes over this association."""
+        self.assembler.association_ended(id(association))
 
     def _accepted(self, event: evt.Event) -> None:
         refused = sorted({str(context.abstract_syntax) for context in event.assoc.rejected_contexts})
@@ -131,90 +150,151 @@ class StorageServer:
             names = ", ".join(UID(uid).name for uid in refused[:8])
             log.warning(
                 "%s proposed what is not accepted here (SOP class or transfer syntax): %s%s",
-                _who(event),
+                cast(ReceivingAssociation, event.assoc).who,
                 names,
                 " ..." if len(refused) > 8 else "",
             )
 
     def _rejected(self, event: evt.Event) -> None:
         """Log a refused association with who and why (PS3.8 9.3.4)."""
-        asked, answer = event.assoc.requestor.primitive, event.assoc.acceptor.primitive
-        if asked is None or answer is None:
-            return
-        reason = _REFUSALS.get((answer.result_source, answer.diagnostic), answer.reason_str)
-        called = _printable(asked.called_ae_title, 16)
-        log.warning("refused the association of %s calling %s: %s", _who(event), called, reason)
-
-    def _ended(self, event: evt.Event) -> None:
-        association = id(event.assoc)
-        if association in self._live:
-            self._live.discard(association)
-            self._assembler.association_ended(association)
+        association = cast(ReceivingAssociation, event.assoc)
+        answer = association.acceptor.primitive
+        if answer is not None:
+            reason = _REFUSALS.get((answer.result_source, answer.diagnostic), answer.reason_str)
+            log.warning(
+                "refused the association of %s calling %s: %s", association.who, association.called_ae_title, reason
+            )
 
     # --- C-STORE -----------------------------------------------------------------------------------------------------
 
-    def _store_instance(self, event: evt.Event) -> int | Dataset:
+    def begin(self, association: ReceivingAssociation, request: StoreRequest, transfer_syntax: str) -> "Reception":
+        """A C-STORE begins."""
         with self._idle:
             self._in_flight += 1
-        try:
-            if self._stopping:
-                raise _Refused(StoreStatus.OUT_OF_RESOURCES, "the receiver is stopping; send the instance again")
-            self._take_in(event)
-            return StoreStatus.SUCCESS
-        except _Refused as refusal:
-            return self._refuse(event, refusal.status, str(refusal))
-        except Exception as error:  # whatever happens here, the sender gets a status and the association lives on
-            log.exception("an error that nobody foresaw; please report it")
-            return self._refuse(event, StoreStatus.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}")
-        finally:
-            with self._idle:
-                self._in_flight -= 1
-                self._idle.notify_all()
+            stopping = self._stopping
+        return Reception(self, association, request, transfer_syntax, stopping)
 
-    def _take_in(self, event: evt.Event) -> None:
-        """Store one instance durably and tell the ledger and the assembler; raises _Refused."""
-        header = self._identified(event)
-        data_set = _request(event).DataSet
+    def finished(self) -> None:
+        """A C-STORE has been answered or given up."""
+        with self._idle:
+            self._in_flight -= 1
+            self._idle.notify_all()
+
+    def reject(self, rejection: Rejection) -> None:
+        """Put a refusal on record; reception does not wait for the ledger."""
+        self._recorder.submit(lambda connection: record_rejection(connection, rejection))
+
+
+class Reception:
+    """One C-STORE in progress: the data set goes to disk as it comes, and is judged once it is whole.
+
+    Whatever happens here the sender gets a status and its association lives on.
+    """
+
+    def __init__(
+        self,
+        server: StorageServer,
+        association: ReceivingAssociation,
+        request: StoreRequest,
+        transfer_syntax: str,
+        stopping: bool,
+    ) -> None:
+        self._server = server
+        self._association = association
+        self._request = request
+        self._transfer_syntax = transfer_syntax
+        self._incoming: IncomingInstance | None = None
+        self._head = bytearray()
+        self._meta_bytes = 0
+        self._refused: _Refused | None = None
         try:
-            self._store.require_space()
-            stored = self._store.write_instance(
-                header.study_instance_uid,
-                header.series_instance_uid,
-                header.sop_instance_uid,
-                [_PREAMBLE + encode_file_meta(event.file_meta), data_set.getbuffer() if data_set else b""],
-            )
+            if stopping:
+                raise _Refused(StoreStatus.OUT_OF_RESOURCES, "the receiver is stopping; send the instance again")
+            if not request.has_data_set:
+                raise _Refused(StoreStatus.CANNOT_DECODE, "the command came without a data set; send it again")
+            server.store.require_space()
+            meta = _PREAMBLE + file_meta(request, transfer_syntax, association.calling_ae_title)
+            self._meta_bytes = len(meta)
+            self._incoming = server.store.receive()
+            self._incoming.write(meta)
+        except (StoreError, OSError) as error:
+            self._refused = _out_of_resources(error)
+        except _Refused as refusal:
+            self._refused = refusal
+
+    def write(self, fragment: memoryview) -> None:
+        """Take a fragment; of an instance that is refused already, nothing is kept."""
+        if self._refused is not None or self._incoming is None:
+            return
+        if len(self._head) < HEAD_BYTES:
+            self._head += fragment[: HEAD_BYTES - len(self._head)]
+        try:
+            self._incoming.write(fragment)
+        except OSError as error:
+            self._refused = _out_of_resources(error)
+
+    def finish(self) -> tuple[int, str]:
+        """Make the instance durable and tell the ledger and the assembler; status and error comment."""
+        try:
+            try:
+                if self._refused is not None:
+                    raise self._refused
+                self._take_in()
+                return StoreStatus.SUCCESS, ""
+            except _Refused as refusal:
+                return self._refuse(refusal.status, str(refusal))
+            except Exception as error:  # see the class
+                log.exception("an error that nobody foresaw; please report it")
+                return self._refuse(StoreStatus.UNEXPECTED_ERROR, f"{type(error).__name__}: {error}")
+        finally:
+            self._close()
+
+    def abandon(self) -> None:
+        """The association ended within the data set: its sender knows that nothing was stored."""
+        uid = printable(self._request.sop_instance_uid)
+        log.warning("%s left within instance %s; nothing of it is kept", self._association.who, uid)
+        self._close()
+
+    def _close(self) -> None:
+        if self._incoming is not None:
+            self._incoming.discard()
+            self._incoming = None
+        self._server.finished()
+
+    def _take_in(self) -> None:
+        header = self._identified()
+        uids = header.study_instance_uid, header.series_instance_uid, header.sop_instance_uid
+        assert self._incoming is not None
+        association = self._association
+        try:
+            with self._server.store.place(self._incoming, *uids) as stored:
+                if stored.conflict and stored.new:
+                    log.warning(
+                        "instance %s came again with other bytes from %s; both are kept", uids[2], association.who
+                    )
+                arrival = Arrival(
+                    header=header,
+                    stored=stored,
+                    path=f"{uids[0]}/{uids[1]}/{stored.path.name}",
+                    calling_ae_title=association.calling_ae_title,
+                    calling_address=association.calling_address,
+                    received_at=utc_now(),
+                )
+                self._server.assembler.arrived(arrival, id(association))
         except StoreError as error:
-            raise _Refused(StoreStatus.OUT_OF_RESOURCES, str(error)) from error
+            raise _out_of_resources(error) from error
         except DicomError as error:
             raise _Refused(StoreStatus.INVALID_UID, str(error)) from error
-        if stored.conflict and stored.new:
-            log.warning(
-                "instance %s came again with other bytes from %s; both are kept", header.sop_instance_uid, _who(event)
-            )
-        association = id(event.assoc)
-        arrival = Arrival(
-            header=header,
-            stored=stored,
-            path=stored.path.relative_to(self._store.root).as_posix(),
-            calling_ae_title=_calling_ae_title(event),
-            calling_address=_calling_address(event),
-            received_at=utc_now(),
-        )
-        done = self._assembler.arrived(arrival, association)
-        if association not in self._live:  # its connection broke meanwhile: nobody would say so again
-            self._assembler.association_ended(association)
-        self._recorder.wait(done, LEDGER_WAIT_S)
 
-    def _identified(self, event: evt.Event) -> InstanceHeader:
+    def _identified(self) -> InstanceHeader:
         """The header, once it is sure that the data set is what the command says."""
-        request = _request(event)
-        if request.DataSet is None:
-            raise _Refused(StoreStatus.CANNOT_DECODE, "the command came without a data set; send the instance again")
+        request = self._request
         try:
-            request.DataSet.seek(0)
-            header = header_from_dataset(request.DataSet, event.context.transfer_syntax)
+            header = self._read_header()
         except NotDicomError as error:
             raise _Refused(StoreStatus.CANNOT_DECODE, str(error)) from error
+        except OSError as error:
+            raise _out_of_resources(error) from error
         for status, keyword, uid in (
             (StoreStatus.NO_SOP_INSTANCE_UID, "SOPInstanceUID", header.sop_instance_uid),
             (StoreStatus.NO_STUDY_INSTANCE_UID, "StudyInstanceUID", header.study_instance_uid),
@@ -223,38 +303,79 @@ class StorageServer:
             if not uid:
                 raise _Refused(status, f"the data set has no {keyword}; the sender must give one")
         for keyword, uid, command in (
-            ("SOPClassUID", header.sop_class_uid, request.AffectedSOPClassUID),
-            ("SOPInstanceUID", header.sop_instance_uid, request.AffectedSOPInstanceUID),
+            ("SOPClassUID", header.sop_class_uid, request.sop_class_uid),
+            ("SOPInstanceUID", header.sop_instance_uid, request.sop_instance_uid),
         ):
             if uid != command:
                 raise _Refused(
                     StoreStatus.DATA_SET_DOES_NOT_MATCH_SOP_CLASS,
-                    f"{keyword} is {uid!r} in the data set and {str(command)!r} in the command; correct the sender",
+                    f"{keyword} is {uid!r} in the data set and {command!r} in the command; correct the sender",
                 )
         return header
 
-    def _refuse(self, event: evt.Event, status: StoreStatus, reason: str) -> Dataset:
-        """Log and record a refusal; returns the response with its ErrorComment (PS3.7 C)."""
-        uid = _printable(_request(event).AffectedSOPInstanceUID)
-        log.error("refused instance %s of %s with %s: %s", uid, _who(event), status.words, reason)
-        rejection = Rejection(
-            occurred_at=utc_now(),
-            calling_ae_title=_calling_ae_title(event),
-            calling_address=_calling_address(event),
-            sop_instance_uid=uid,
-            status=status,
-            error=_printable(reason, 2000),
+    def _read_header(self) -> InstanceHeader:
+        """From memory where it fits, else from the file; raises NotDicomError, also when the pixels are cut short."""
+        assert self._incoming is not None
+        size = self._incoming.size_bytes - self._meta_bytes
+        head: Head | None = None
+        with contextlib.suppress(NotDicomError):  # a header that is longer than what was kept
+            head = read_head(BytesIO(self._head), self._transfer_syntax)
+        if head is None or not (head.whole or size <= len(self._head)):
+            with self._incoming.path.open("rb") as file:
+                file.seek(self._meta_bytes)
+                head = read_head(file, self._transfer_syntax)
+                if head.pixel_data_end is not None:
+                    size += self._meta_bytes
+        if head.pixel_data_end is not None and head.pixel_data_end > size:
+            missing = head.pixel_data_end - size
+            raise NotDicomError(f"the data set ends {missing} bytes before its pixel data do; send the instance again")
+        return head.header
+
+    def _refuse(self, status: StoreStatus, reason: str) -> tuple[int, str]:
+        """Log and record a refusal; returns status and ErrorComment (PS3.7 C)."""
+        uid, association = printable(self._request.sop_instance_uid), self._association
+        log.error("refused instance %s of %s with %s: %s", uid, association.who, status.words, reason)
+        self._server.reject(
+            Rejection(
+                occurred_at=utc_now(),
+                calling_ae_title=association.calling_ae_title,
+                calling_address=association.calling_address,
+                sop_instance_uid=uid,
+                status=status,
+                error=printable(reason, 2000),
+            )
         )
-        done = self._recorder.submit(lambda connection: record_rejection(connection, rejection))
-        self._recorder.wait(done, LEDGER_WAIT_S)
-        response = Dataset()
-        response.Status = int(status)
-        response.ErrorComment = _printable(reason, 64).encode("ascii", "replace").decode().replace("\\", "/")
-        return response
+        return status, printable(reason, 64).encode("ascii", "replace").decode().replace("\\", "/")
+
+
+def _out_of_resources(error: StoreError | OSError) -> _Refused:
+    reason = str(error) if isinstance(error, StoreError) else f"the store cannot be written: {error.strerror}"
+    return _Refused(StoreStatus.OUT_OF_RESOURCES, reason)
+
+
+def file_meta(request: StoreRequest, transfer_syntax: str, calling_ae_title: str) -> bytes:
+    """The File Meta Information of an instance that is stored as it came (PS3.10 7.1), with who sent it."""
+    elements = b"".join(
+        (
+            b"\x02\x00\x01\x00OB\x00\x00\x02\x00\x00\x00\x00\x01",  # FileMetaInformationVersion
+            _meta_element(0x0002, "UI", request.sop_class_uid),
+            _meta_element(0x0003, "UI", request.sop_instance_uid),
+            _meta_element(0x0010, "UI", transfer_syntax),
+            _meta_element(0x0012, "UI", PYNETDICOM_IMPLEMENTATION_UID),
+            _meta_element(0x0013, "SH", PYNETDICOM_IMPLEMENTATION_VERSION),
+            _meta_element(0x0016, "AE", calling_ae_title),  # SourceApplicationEntityTitle
+        )
+    )
+    return b"\x02\x00\x00\x00UL\x04\x00" + len(elements).to_bytes(4, "little") + elements
+
+
+def _meta_element(element: int, vr: str, text: str) -> bytes:
+    value = text.encode("ascii", "replace")
+    value += (b"\0" if vr == "UI" else b" ") * (len(value) % 2)
+    return struct.pack("<HH2sH", 0x0002, element, vr.encode(), len(value)) + value
 
 
 _REFUSALS: dict[tuple[int | None, int | None], str] = {
-    (1, 3): "its AE title is not in receiver.allowed_senders",
     (1, 7): "it calls another AE title than receiver.ae_title",
     (3, 2): "receiver.max_associations are open",
 }
@@ -268,27 +389,6 @@ def _application_entity(config: ReceiverConfig) -> AE:
     ae.add_supported_context(VERIFICATION)
     ae.maximum_pdu_size = config.max_pdu_bytes
     ae.maximum_associations = config.max_associations
-    ae.require_calling_aet = list(config.allowed_senders)
     ae.require_called_aet = config.require_called_ae_title
     ae.network_timeout = ae.dimse_timeout = config.network_timeout_s
     return ae
-
-
-def _request(event: evt.Event) -> C_STORE:
-    return cast(C_STORE, event.request)
-
-
-def _calling_ae_title(event: evt.Event) -> str:
-    return _printable(event.assoc.requestor.ae_title, 16).strip()
-
-
-def _calling_address(event: evt.Event) -> str:
-    return _printable(event.assoc.requestor.address, 64)
-
-
-def _who(event: evt.Event) -> str:
-    return f"{_calling_ae_title(event)} ({_calling_address(event)})"
-
-
-def _printable(text: object, longest: int = 64) -> str:
-    return "".join(c if c.isprintable() else "?" for c in str(text or ""))[:longest]

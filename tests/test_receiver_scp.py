@@ -62,6 +62,8 @@ def data_set_bytes(path: Path) -> bytes:
 
 
 def rows_of(receiver: Receiver, table: Any) -> list[Any]:
+    """The rows, once everything that was submitted so far is committed."""
+    receiver.recorder.submit(lambda connection: None).result(10.0)
     with receiver.recorder.ledger.read() as connection:
         return list(connection.execute(select(table)).mappings())
 
@@ -91,7 +93,7 @@ def store_raw(assoc: Any, data: bytes, sop_class: str, sop_instance: str) -> int
 # --- what is stored ---
 
 
-def test_an_image_is_on_disk_and_in_the_ledger_when_success_is_answered(tmp_path: Path) -> None:
+def test_an_image_is_on_disk_when_success_is_answered_and_its_row_follows(tmp_path: Path) -> None:
     image = ct_slice("1.2.3", "1.2.3.4", 0.0)
     with receiving(config_under(tmp_path)) as receiver, association(receiver.port) as assoc:
         assert assoc.send_c_store(image).Status == StoreStatus.SUCCESS
@@ -275,7 +277,7 @@ def test_a_full_disk_is_out_of_resources_before_anything_is_written(tmp_path: Pa
         response = assoc.send_c_store(ct_slice("1.2.3", "1.2.3.4", 0.0))
         assert response.Status == StoreStatus.OUT_OF_RESOURCES
         assert "free" in response.ErrorComment
-        assert list(receiver.store.root.rglob("*")) == []
+        assert [path.name for path in receiver.store.root.rglob("*")] == ["incoming"]
         assert [row["status"] for row in rows_of(receiver, rejections)] == [StoreStatus.OUT_OF_RESOURCES]
 
 
@@ -286,7 +288,7 @@ def test_a_sender_that_is_not_allowed_is_refused_by_name(tmp_path: Path, caplog:
             assert assoc.is_rejected
         with association(receiver.port, calling="CT1") as assoc:
             assert assoc.is_established
-    assert "refused the association of STRANGER (127.0.0.1) calling HERALD: its AE title is not in" in caplog.text
+    assert "refused the association of STRANGER (127.0.0.1) calling HERALD: it is not in" in caplog.text
 
 
 def test_more_associations_than_allowed_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
