@@ -140,13 +140,16 @@ class StudyStore:
                     del self._in_flight[study_instance_uid]
 
     def _into_place(self, incoming: "IncomingInstance", folder: Path, sop_instance_uid: str) -> StoredInstance:
-        first = folder / (sop_instance_uid + INSTANCE_SUFFIX)
-        others = sorted(folder.glob(f"{sop_instance_uid}.{'[0-9a-f]' * _TAG_LENGTH}{INSTANCE_SUFFIX}"))
-        conflict = first.exists()
-        for path in [first, *others] if conflict else []:
-            if incoming.repeats(path):
-                return StoredInstance(path, file_sha256(path), path.stat().st_size, new=False, conflict=path != first)
-        path = folder / f"{sop_instance_uid}.{incoming.sha256[:_TAG_LENGTH]}{INSTANCE_SUFFIX}" if conflict else first
+        path = folder / (sop_instance_uid + INSTANCE_SUFFIX)
+        conflict = path.exists()
+        if conflict:
+            first = path
+            others = folder.glob(f"{sop_instance_uid}.{'[0-9a-f]' * _TAG_LENGTH}{INSTANCE_SUFFIX}")
+            for path in [first, *sorted(others)]:
+                if incoming.repeats(path):
+                    size = path.stat().st_size
+                    return StoredInstance(path, file_sha256(path), size, new=False, conflict=path != first)
+            path = folder / f"{sop_instance_uid}.{incoming.sha256[:_TAG_LENGTH]}{INSTANCE_SUFFIX}"
         self._make_folder(folder)
         incoming.path.rename(path)
         return StoredInstance(path, incoming.sha256, incoming.size_bytes, new=True, conflict=conflict)

@@ -40,7 +40,6 @@ from receiver.record import (
     mark_published,
     open_series,
     pauses_seen,
-    record_instance,
     still_open,
     unpublished,
 )
@@ -375,8 +374,8 @@ class SeriesAssembler:
             self._changed.notify()
         self._thread.join(timeout_s)
 
-    def arrived(self, arrival: Arrival, association: int) -> "Future[Any]":
-        """Take in an instance that is durable in the store; the future is done when its ledger row is committed."""
+    def arrived(self, arrival: Arrival, association: int) -> None:
+        """Take in an instance that is durable in the store; its ledger row follows."""
         key = arrival.series_key
         with self._changed:
             opened = self._assembly.image(
@@ -391,13 +390,11 @@ class SeriesAssembler:
                 self._unread.add(key)
                 self._changed.notify()
 
-            def statement(connection: Connection) -> None:
-                record_instance(connection, arrival)
-                if opened:
-                    open_series(connection, key, arrival.header, arrival.calling_ae_title, arrival.received_at)
-
             # queued under the lock, so that the ledger sees openings and closings in their true order
-            return self._recorder.submit(statement)
+            self._recorder.record(arrival)
+            if opened:
+                header, sender, at = arrival.header, arrival.calling_ae_title, arrival.received_at
+                self._recorder.submit(lambda connection: open_series(connection, key, header, sender, at))
 
     def association_ended(self, association: int) -> None:
         """Nothing more comes over this association."""

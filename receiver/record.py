@@ -7,11 +7,12 @@ commit, and while the ledger is down the queue keeps order and nobody is blocked
 import logging
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Table, and_, func, insert, select, update
@@ -74,14 +75,38 @@ class Pause:
 # --- statements ------------------------------------------------------------------------------------------------------
 
 
-def record_instance(connection: Connection, arrival: Arrival) -> None:
-    """One row per file; the same bytes again are counted in `copies`."""
-    header, stored = arrival.header, arrival.stored
-    if not stored.new:
+def record_instances(connection: Connection, arrivals: Iterable[Arrival]) -> None:
+    """One row per file, in one statement for all that are new; the same bytes again are counted in `copies`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for arrival in arrivals:
+        if arrival.stored.new:
+            rows[arrival.path] = _instance_row(arrival)
+            continue
+        _upsert_instances(connection, rows)
         again = update(instances).where(instances.c.path == arrival.path).values(copies=instances.c.copies + 1)
-        if connection.execute(again).rowcount:
-            return
-    row = {
+        if not connection.execute(again).rowcount:
+            rows[arrival.path] = _instance_row(arrival)
+    _upsert_instances(connection, rows)
+
+
+def _upsert_instances(connection: Connection, rows: dict[str, dict[str, Any]]) -> None:
+    if rows:
+        connection.execute(_instance_upsert(connection.dialect.name), list(rows.values()))
+        rows.clear()
+
+
+@cache
+def _instance_upsert(dialect: str) -> Any:
+    statement = _dialect_insert(dialect, instances)
+    new = {column.name: statement.excluded[column.name] for column in instances.columns if column.name != "path"}
+    return statement.on_conflict_do_update(index_elements=["path"], set_=new)
+
+
+def _instance_row(arrival: Arrival) -> dict[str, Any]:
+    header, stored = arrival.header, arrival.stored
+    return {
+        "path": arrival.path,
+        "copies": 1,
         "sop_instance_uid": header.sop_instance_uid,
         "series_instance_uid": header.series_instance_uid,
         "study_instance_uid": header.study_instance_uid,
@@ -93,9 +118,8 @@ def record_instance(connection: Connection, arrival: Arrival) -> None:
         "calling_ae_title": arrival.calling_ae_title,
         "calling_address": arrival.calling_address,
         "received_at": arrival.received_at,
+        "removed_at": None,
     }
-    upsert = _dialect_insert(connection, instances).values(path=arrival.path, copies=1, **row)
-    connection.execute(upsert.on_conflict_do_update(index_elements=["path"], set_=row))
 
 
 def record_rejection(connection: Connection, rejection: Rejection) -> None:
@@ -222,9 +246,9 @@ def _event(row: RowMapping | dict[str, Any]) -> SeriesReceived:
     )
 
 
-def _dialect_insert(connection: Connection, table: Table) -> Any:
+def _dialect_insert(dialect: str, table: Table) -> Any:
     """INSERT with ON CONFLICT, which SQLAlchemy spells per dialect."""
-    return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
+    return (postgresql if dialect == "postgresql" else sqlite).insert(table)
 
 
 # --- the thread that writes ------------------------------------------------------------------------------------------
@@ -243,9 +267,13 @@ class _Pending:
 
 
 class Recorder:
-    """Executes statements in order, each at least until it has succeeded or can never succeed."""
+    """Executes statements in order, each at least until it has succeeded or can never succeed.
 
-    MOST_AT_ONCE = 64
+    Arrivals are statements too; as nobody waits for one, they gather for a moment and share a transaction.
+    """
+
+    MOST_AT_ONCE = 256
+    GATHER_S = 0.02
     RETRY_S = 1.0
     KEEP_CONNECTED_S = 2.0
     """How long the connection is kept when nothing comes: on SQLite, closing the last one costs a checkpoint."""
@@ -253,7 +281,7 @@ class Recorder:
     def __init__(self, config: LedgerConfig) -> None:
         self.ledger = Ledger(config)
         self._connection: Connection | None = None
-        self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[_Pending | Arrival | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._behind = False
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -269,17 +297,9 @@ class Recorder:
         self._pending.put(_Pending(statement, done))
         return done
 
-    def wait(self, done: "Future[Any]", timeout_s: float) -> bool:
-        """Wait for a commit, but not while the ledger is known to be down: the queue keeps the statement."""
-        if self._behind:
-            return False
-        try:
-            done.exception(timeout_s)
-        except FutureTimeoutError:
-            self._behind = True
-            log.warning("the ledger does not keep up; instances are stored and their rows follow")
-            return False
-        return True
+    def record(self, arrival: Arrival) -> None:
+        """Queue the row of an instance."""
+        self._pending.put(arrival)
 
     def stop(self, timeout_s: float) -> None:
         """Write what waits, for `timeout_s` at most; the next start makes up for the rest from the files."""
@@ -299,22 +319,31 @@ class Recorder:
                 break
         self._disconnect()
 
-    def _next(self) -> tuple[list[_Pending], bool]:
-        batch: list[_Pending] = []
+    def _next(self) -> tuple[list[_Pending | Arrival], bool]:
+        batch: list[_Pending | Arrival] = []
+        gather_until = 0.0
         while len(batch) < self.MOST_AT_ONCE:
-            if batch and self._pending.empty():
-                break
             try:
-                item = self._pending.get(timeout=self.KEEP_CONNECTED_S if self._connection is not None else None)
+                if batch:
+                    wait_s = max(0.0, gather_until - time.monotonic())
+                    item = self._pending.get(timeout=wait_s) if wait_s else self._pending.get_nowait()
+                else:
+                    item = self._pending.get(timeout=self.KEEP_CONNECTED_S if self._connection is not None else None)
             except queue.Empty:
+                if batch:
+                    break
                 self._disconnect()
                 continue
             if item is None:
                 return batch, True
+            if isinstance(item, _Pending):
+                gather_until = 0.0  # somebody waits for it
+            elif not batch:
+                gather_until = time.monotonic() + self.GATHER_S
             batch.append(item)
         return batch, False
 
-    def _write(self, batch: list[_Pending]) -> None:
+    def _write(self, batch: list[_Pending | Arrival]) -> None:
         """One transaction for all; if one of them is impossible, one transaction for each."""
 
         def together() -> list[Any]:
@@ -322,7 +351,7 @@ class Recorder:
                 if self._connection is None:
                     self._connection = self.ledger.connect()
                 with self.ledger.begin(self._connection) as connection:
-                    return [pending.statement(connection) for pending in batch]
+                    return _execute(connection, batch)
             except BaseException:
                 self._disconnect()
                 raise
@@ -332,13 +361,14 @@ class Recorder:
         except Exception as error:  # a statement that can never succeed must not hold up the others
             if len(batch) == 1:
                 log.error("the ledger refuses a statement for good: %s; run `herald reconcile`", error)
-                batch[0].done.set_exception(error)
+                if isinstance(batch[0], _Pending):
+                    batch[0].done.set_exception(error)
                 return
             for pending in batch:
                 self._write([pending])
             return
-        for pending, result in zip(batch, results or [], strict=False):
-            pending.done.set_result(result)
+        for done, result in results or []:
+            done.set_result(result)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -364,3 +394,18 @@ class Recorder:
                 self._behind = False
                 return result
         return None
+
+
+def _execute(connection: Connection, batch: list[_Pending | Arrival]) -> list[tuple["Future[Any]", Any]]:
+    """In order; consecutive arrivals as one statement. Futures with their results, for after the commit."""
+    results = []
+    arrivals: list[Arrival] = []
+    for item in batch:
+        if isinstance(item, Arrival):
+            arrivals.append(item)
+            continue
+        record_instances(connection, arrivals)
+        arrivals = []
+        results.append((item.done, item.statement(connection)))
+    record_instances(connection, arrivals)
+    return results

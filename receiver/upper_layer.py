@@ -551,4 +551,5 @@ class ReceivingServer(AssociationServer):
 
 def printable(text: object, longest: int = 64) -> str:
     """Text of a peer, fit for a log line."""
-    return "".join(c if c.isprintable() else "?" for c in str(text or ""))[:longest]
+    line = str(text or "")[:longest]
+    return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)

@@ -21,7 +21,7 @@ from receiver.record import (
     close_series,
     mark_published,
     open_series,
-    record_instance,
+    record_instances,
     record_rejection,
     still_open,
     unpublished,
@@ -39,7 +39,7 @@ def arrival(uid: str = "1.1", new: bool = True, at: datetime = NOON, sha256: str
 
 
 def opened(connection: Connection, first: Arrival) -> None:
-    record_instance(connection, first)
+    record_instances(connection, [first])
     open_series(connection, KEY, first.header, first.calling_ae_title, first.received_at)
 
 
@@ -67,7 +67,7 @@ def test_times_come_back_in_utc_to_the_microsecond(ledger_url: str) -> None:
     ledger = open_ledger(LedgerConfig(url=ledger_url))
     in_bern = NOON.astimezone(timezone(timedelta(hours=2)))
     with ledger.begin() as connection:
-        record_instance(connection, arrival(at=in_bern))
+        record_instances(connection, [arrival(at=in_bern)])
     with ledger.read() as connection:
         received_at = connection.execute(select(instances.c.received_at)).scalar_one()
     assert received_at == NOON
@@ -78,7 +78,7 @@ def test_times_come_back_in_utc_to_the_microsecond(ledger_url: str) -> None:
 def test_a_time_without_zone_is_refused(ledger_url: str) -> None:
     ledger = open_ledger(LedgerConfig(url=ledger_url))
     with pytest.raises(LedgerError, match="without a zone"), ledger.begin() as connection:
-        record_instance(connection, arrival(at=datetime(2026, 1, 1)))
+        record_instances(connection, [arrival(at=datetime(2026, 1, 1))])
     ledger.close()
 
 
@@ -87,7 +87,7 @@ def test_a_failed_transaction_leaves_nothing(ledger_url: str) -> None:
 
     def half() -> None:
         with ledger.begin() as connection:
-            record_instance(connection, arrival())
+            record_instances(connection, [arrival()])
             connection.execute(text("insert into no_such_table values (1)"))
 
     with pytest.raises(LedgerError):
@@ -138,9 +138,9 @@ def test_a_series_opens_closes_and_is_published_as_the_next_revision_each_time(l
 def test_copies_are_counted_and_a_lost_row_is_made_again(ledger_url: str) -> None:
     ledger = open_ledger(LedgerConfig(url=ledger_url))
     with ledger.begin() as connection:
-        record_instance(connection, arrival("1.1"))
-        record_instance(connection, arrival("1.1", new=False))
-        record_instance(connection, arrival("1.2", new=False))
+        record_instances(connection, [arrival("1.1")])
+        record_instances(connection, [arrival("1.1", new=False)])
+        record_instances(connection, [arrival("1.2", new=False)])
         rows = connection.execute(select(instances.c.sop_instance_uid, instances.c.copies)).all()
     assert sorted(rows) == [("1.1", 2), ("1.2", 1)]
     ledger.close()
