@@ -8,6 +8,7 @@ place, and the folder is fsynced: a file in its place is whole whatever happened
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -118,7 +119,7 @@ class StudyStore:
         The same data set again changes nothing; another one under the same UID is kept beside the first, flagged.
         """
         _require_uid("SOPInstanceUID", sop_instance_uid)
-        folder = self.series_folder(study_instance_uid, series_instance_uid)
+        folder = str(self.series_folder(study_instance_uid, series_instance_uid))
         try:
             incoming.flush()
             with self.placing:
@@ -139,20 +140,23 @@ class StudyStore:
                 if not self._in_flight[study_instance_uid]:
                     del self._in_flight[study_instance_uid]
 
-    def _into_place(self, incoming: "IncomingInstance", folder: Path, sop_instance_uid: str) -> StoredInstance:
-        path = folder / (sop_instance_uid + INSTANCE_SUFFIX)
-        conflict = path.exists()
+    def _into_place(self, incoming: "IncomingInstance", folder: str, sop_instance_uid: str) -> StoredInstance:
+        name = f"{folder}/{sop_instance_uid}{INSTANCE_SUFFIX}"
+        conflict = os.path.exists(name)  # noqa: PTH110 - on the way of every image, where pathlib costs
         if conflict:
-            first = path
-            others = folder.glob(f"{sop_instance_uid}.{'[0-9a-f]' * _TAG_LENGTH}{INSTANCE_SUFFIX}")
+            first = Path(name)
+            others = first.parent.glob(f"{sop_instance_uid}.{'[0-9a-f]' * _TAG_LENGTH}{INSTANCE_SUFFIX}")
             for path in [first, *sorted(others)]:
                 if incoming.repeats(path):
                     size = path.stat().st_size
                     return StoredInstance(path, file_sha256(path), size, new=False, conflict=path != first)
-            path = folder / f"{sop_instance_uid}.{incoming.sha256[:_TAG_LENGTH]}{INSTANCE_SUFFIX}"
-        self._make_folder(folder)
-        incoming.path.rename(path)
-        return StoredInstance(path, incoming.sha256, incoming.size_bytes, new=True, conflict=conflict)
+            name = f"{folder}/{sop_instance_uid}.{incoming.sha256[:_TAG_LENGTH]}{INSTANCE_SUFFIX}"
+        try:
+            incoming.become(name)
+        except FileNotFoundError:  # the first of its series
+            self._make_folder(Path(folder))
+            incoming.become(name)
+        return StoredInstance(Path(name), incoming.sha256, incoming.size_bytes, new=True, conflict=conflict)
 
     def in_flight(self, study_instance_uid: str) -> bool:
         """Whether an instance of this study is being placed; ask with `placing` held."""
@@ -246,8 +250,8 @@ class IncomingInstance:
     """A file in the making: written and hashed while its bytes come, then placed or discarded."""
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor, name = tempfile.mkstemp(suffix=TEMPORARY_SUFFIX, dir=folder)
-        self.path = Path(name)
+        self._name: str | None = f"{folder}/{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        self._descriptor = os.open(self._name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o640)
         self.size_bytes = 0
         self._digest = hashlib.sha256()
 
@@ -272,7 +276,7 @@ class IncomingInstance:
 
     def repeats(self, path: Path) -> bool:
         """Whether another file holds the same data set; the File Meta before it names the sender and may differ."""
-        with path.open("rb") as there, self.path.open("rb") as here:
+        with path.open("rb") as there, self.open() as here:
             there.seek(_data_set_start(there))
             here.seek(_data_set_start(here))
             while block := here.read(_BLOCK_BYTES):
@@ -280,10 +284,23 @@ class IncomingInstance:
                     return False
             return not there.read(1)
 
+    def open(self) -> BinaryIO:
+        """What was written so far, for reading."""
+        assert self._name is not None, "it has been placed or discarded"
+        return Path(self._name).open("rb")
+
+    def become(self, name: str) -> None:
+        """Take its place; raises OSError."""
+        assert self._name is not None, "it has been placed or discarded"
+        os.rename(self._name, name)  # noqa: PTH104 - see StudyStore
+        self._name = None
+
     def discard(self) -> None:
-        """Remove what was not placed."""
+        """Remove it, unless it was placed."""
         self._close()
-        self.path.unlink(missing_ok=True)
+        if self._name is not None:
+            Path(self._name).unlink(missing_ok=True)
+            self._name = None
 
     def _close(self) -> None:
         if self._descriptor >= 0:
@@ -319,7 +336,7 @@ def _write_durably(path: Path, pieces: Iterable[memoryview]) -> None:
     _sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path | str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -205,6 +205,7 @@ class Reception:
         self._transfer_syntax = transfer_syntax
         self._incoming: IncomingInstance | None = None
         self._head = bytearray()
+        self._read: Head | None = None
         self._meta_bytes = 0
         self._refused: _Refused | None = None
         try:
@@ -228,6 +229,8 @@ class Reception:
             return
         if len(self._head) < HEAD_BYTES:
             self._head += fragment[: HEAD_BYTES - len(self._head)]
+            if len(self._head) == HEAD_BYTES:
+                self._read_head()  # while the rest is on its way
         try:
             self._incoming.write(fragment)
         except OSError as error:
@@ -317,11 +320,11 @@ class Reception:
         """From memory where it fits, else from the file; raises NotDicomError, also when the pixels are cut short."""
         assert self._incoming is not None
         size = self._incoming.size_bytes - self._meta_bytes
-        head: Head | None = None
-        with contextlib.suppress(NotDicomError):  # a header that is longer than what was kept
-            head = read_head(BytesIO(self._head), self._transfer_syntax)
+        if self._read is None:
+            self._read_head()
+        head = self._read
         if head is None or not (head.whole or size <= len(self._head)):
-            with self._incoming.path.open("rb") as file:
+            with self._incoming.open() as file:
                 file.seek(self._meta_bytes)
                 head = read_head(file, self._transfer_syntax)
                 if head.pixel_data_end is not None:
@@ -330,6 +333,10 @@ class Reception:
             missing = head.pixel_data_end - size
             raise NotDicomError(f"the data set ends {missing} bytes before its pixel data do; send the instance again")
         return head.header
+
+    def _read_head(self) -> None:
+        with contextlib.suppress(NotDicomError):  # a header that is longer than what is kept, if it is one at all
+            self._read = read_head(BytesIO(self._head), self._transfer_syntax)
 
     def _refuse(self, status: StoreStatus, reason: str) -> tuple[int, str]:
         """Log and record a refusal; returns status and ErrorComment (PS3.7 C)."""
