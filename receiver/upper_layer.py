@@ -311,10 +311,10 @@ class ReceivingAssociation(Association):
         self.requestor.ae_title = request.calling_ae_title
         reason = self._service.refusal(self)
         if reason is not None:
+            log.warning("refused the association of %s calling %s: %s", self.who, self.called_ae_title, reason)
             # permanent, by the service user, calling AE title not recognised (PS3.8 table 9-21)
             self.acse.send_reject(0x01, 0x01, 0x03)
             self.is_rejected = True
-            log.warning("refused the association of %s calling %s: %s", self.who, self.called_ae_title, reason)
             return False
         self.acse.negotiate_association()
         return bool(self.is_established)
