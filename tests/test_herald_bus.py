@@ -198,12 +198,56 @@ def test_a_group_receives_only_the_topics_that_it_asks_for(bus: Bus) -> None:
 
 
 def test_a_cause_published_again_is_delivered_again_with_the_same_id(bus: Bus) -> None:
+    later = dataclasses.replace(received(), close_reason="released-and-even")
     bus.publish(received())
-    bus.publish(received())
+    bus.publish(later)
     first = take(bus)
     bus.ack(first)
     second = take(bus)
+    assert (first.event, second.event) == (received(), later)
     assert second.event.event_id == first.event.event_id
+
+
+def test_the_very_same_event_published_again_after_a_crash_is_one_for_its_consumers(
+    bus_url: str, another_bus: Callable[[], Bus]
+) -> None:
+    crashed = another_bus()
+    crashed.publish(received())
+    crashed.close()  # before it could note that it had published
+    bus = another_bus()
+    bus.publish(event_from_json(received().to_json()))
+    bus.publish(received(number=2))
+    first = take(bus)
+    bus.ack(first)
+    second = take(bus)
+    if not bus_url.startswith("sqlite"):  # Kafka appends, and the id lets consumers upsert
+        assert second.event.event_id == first.event.event_id
+        bus.ack(second)
+        second = take(bus)
+    assert (first.event, second.event) == (received(), received(number=2))
+    bus.ack(second)
+    bus.publish(received())
+    assert nothing(bus) == bus_url.startswith("sqlite"), "also when it was acknowledged long ago"
+
+
+def test_a_sqlite_file_of_before_with_an_event_twice_still_opens(sqlite_file: Path) -> None:
+    def bus() -> Bus:
+        return open_bus(BusConfig(url=f"sqlite:///{sqlite_file}"))
+
+    first = bus()
+    first.publish(received())
+    first.close()
+    db = sqlite3.connect(sqlite_file)
+    db.execute("DROP INDEX messages_by_event")
+    columns = "event_id, topic, study, body, only_group, published_at"
+    db.execute(f"INSERT INTO messages ({columns}) SELECT {columns} FROM messages")
+    db.commit()
+    db.close()
+    opened = bus()
+    assert opened.backlog("router", "series") == 2
+    opened.publish(received())
+    assert opened.backlog("router", "series") == 2
+    opened.close()
 
 
 def test_several_threads_publish_through_one_bus(bus: Bus) -> None:

@@ -2,8 +2,9 @@
 
 `publish` returns when the event is durable. `handle` fetches, calls, and acknowledges after the effect. An error
 that is `retriable` backs off and is tried again for `retry_for_s`; then, or on any other error, the delivery goes to
-the dead letters with its traceback. Publishing always appends, so a cause that is published again is delivered again
-with the same `event_id`: consumers upsert on it.
+the dead letters with its traceback. A cause that is published again is delivered again with the same `event_id`, so
+consumers upsert on it. The very same event, as a publisher repeats it that died before it could note that it had
+published, is delivered once on SQLite; Kafka knows no ids of ours, delivers it again, and the upsert makes it one.
 """
 
 import contextlib

@@ -3,6 +3,9 @@
 A message is appended once. Each group keeps `done_through`, below which it has acknowledged everything, and one row
 per delivery above it. A delivery is leased: a consumer that goes silent loses it when the lease ends, one whose
 process died loses it at once, because the kernel drops the lock by which it is known to live.
+
+The same event, byte for byte, is kept once: who died between publishing and noting so may publish it again. Another
+event of the same cause is another message: what failed and was replayed has a second result with the same id.
 """
 
 import fcntl
@@ -34,7 +37,7 @@ SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS messages (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of delivery
-    event_id TEXT,                          -- of the event, for whoever reads the file by hand
+    event_id TEXT,                          -- of the event; null on a replay
     topic TEXT NOT NULL,
     study TEXT NOT NULL,                    -- StudyInstanceUID: deliveries of one study do not overtake each other
     body BLOB NOT NULL,
@@ -42,6 +45,7 @@ CREATE TABLE IF NOT EXISTS messages (
     published_at REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS messages_of_topic ON messages (topic, seq);
+CREATE INDEX IF NOT EXISTS messages_by_event ON messages (event_id) WHERE only_group IS NULL;
 CREATE TABLE IF NOT EXISTS progress (
     group_name TEXT NOT NULL,
     topic TEXT NOT NULL,
@@ -115,9 +119,12 @@ class SqliteBus:
         self._closed = False
 
     def publish(self, event: Event) -> None:
-        """Append the event; it is on the disk on return."""
-        with self._transaction() as db:
-            _append(db, str(event.event_id), event.topic, event.study_instance_uid, event.to_json(), None)
+        """Append the event unless the very same is there already; it is on the disk on return."""
+        event_id, body = str(event.event_id), event.to_json()
+        with self._transaction() as db:  # of which there is one at a time, whatever the process
+            same = "SELECT 1 FROM messages WHERE event_id = ? AND only_group IS NULL AND body = ?"
+            if db.execute(same, (event_id, body)).fetchone() is None:
+                _append(db, event_id, event.topic, event.study_instance_uid, body, None)
 
     def fetch(self, group: str, topics: tuple[str, ...], timeout_s: float) -> Delivery | None:
         """The next delivery for the group, or None after `timeout_s` without one."""
