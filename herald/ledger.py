@@ -273,10 +273,15 @@ class Ledger:
         self.url = self.engine.url.render_as_string(hide_password=True)
 
     def create_tables(self) -> None:
-        """Create the tables that are missing; several services may do so at once."""
+        """Create the tables, columns and indexes that are missing; several services may do so at once."""
+        with self.read() as connection:
+            if _is_complete(connection):  # as nearly always, and then no lock has to be waited for
+                return
         with self.begin() as connection:
             if connection.dialect.name == "postgresql":  # where IF NOT EXISTS alone can collide with another service
                 connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": _CREATION_LOCK})
+            else:  # the driver begins no transaction for DDL, and looking and adding a column must be one
+                connection.exec_driver_sql("begin immediate")
             for table in metadata.sorted_tables:
                 connection.execute(CreateTable(table, if_not_exists=True))
                 _add_missing_columns(connection, table)
@@ -324,6 +329,16 @@ class Ledger:
                 f"the ledger {self.url} refuses: {type(cause).__name__}: {cause}; "
                 "check ledger.url and that the database runs"
             ) from error
+
+
+def _is_complete(connection: Connection) -> bool:
+    inspector = inspect(connection)
+    columns, indexes = inspector.get_multi_columns(), inspector.get_multi_indexes()
+    return all(
+        {column.name for column in table.columns} <= {column["name"] for column in columns.get((None, table.name), ())}
+        and {index.name for index in table.indexes} <= {index["name"] for index in indexes.get((None, table.name), ())}
+        for table in metadata.sorted_tables
+    )
 
 
 def _add_missing_columns(connection: Connection, table: Table) -> None:

@@ -1,5 +1,7 @@
 """The ledger, on SQLite and on a real PostgreSQL, with the statements of the receiver."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -7,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from receiver_fakes import ListBus, Receiver, config_under, ct_series, send_all
-from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy import Connection, inspect, select, text, update
 
 from herald.config import LedgerConfig
 from herald.errors import ConfigError, LedgerError
 from herald.instance import InstanceHeader
-from herald.ledger import instances, metadata, open_ledger, rejections, series
+from herald.ledger import Ledger, instances, metadata, open_ledger, rejections, removals, series
 from herald.store import StoredInstance
 from receiver.record import (
     Arrival,
@@ -60,6 +62,78 @@ def test_tables_are_created_once_whoever_comes_first(ledger_url: str) -> None:
     assert errors == []
     ledger = open_ledger(config)
     assert set(inspect(ledger.engine).get_table_names()) == set(metadata.tables)
+    ledger.close()
+
+
+def make_old(url: str) -> None:
+    """Make the ledger one of an earlier version, with a row: without the columns that came since."""
+    ledger = open_ledger(LedgerConfig(url=url))
+    with ledger.begin() as connection:
+        opened(connection, arrival())
+        for table, columns in SINCE.items():
+            for column in columns:
+                connection.execute(text(f"alter table {table} drop column {column}"))
+        connection.execute(text("drop table removals"))
+    ledger.close()
+
+
+SINCE = {"instances": ("removed_at",), "series": ("settle_s", "largest_gap_s")}
+
+
+def columns_of(url: str, table: str) -> set[str]:
+    ledger = Ledger(LedgerConfig(url=url))
+    found = {column["name"] for column in inspect(ledger.engine).get_columns(table)}
+    ledger.close()
+    return found
+
+
+def test_an_old_ledger_gets_the_columns_that_came_since_and_keeps_its_rows(ledger_url: str) -> None:
+    make_old(ledger_url)
+    assert not columns_of(ledger_url, "instances") & set(SINCE["instances"])
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    with ledger.begin() as connection:
+        (row,) = connection.execute(select(instances)).mappings()
+        assert (row["sop_instance_uid"], row["received_at"], row["removed_at"]) == ("1.1", NOON, None)
+        (row,) = connection.execute(select(series)).mappings()
+        assert (row["series_instance_uid"], row["settle_s"], row["largest_gap_s"]) == ("1.2.3.4", None, None)
+        connection.execute(update(instances).values(removed_at=NOON))
+        assert connection.execute(select(instances.c.removed_at)).scalar_one() == NOON
+        assert connection.execute(select(removals)).all() == []
+    ledger.close()
+
+
+OPEN = """
+import sys
+from herald.config import LedgerConfig
+from herald.ledger import open_ledger
+print("ready", flush=True)
+sys.stdin.readline()
+open_ledger(LedgerConfig(url=sys.argv[1])).close()
+"""
+
+
+def test_several_processes_open_an_old_ledger_at_the_same_time(ledger_url: str) -> None:
+    make_old(ledger_url)
+    command = [sys.executable, "-c", OPEN, ledger_url]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(command, text=True, **pipes) for _ in range(4)]  # type: ignore[call-overload]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, errors = process.communicate(timeout=60.0)
+        assert process.returncode == 0, errors
+    for table, columns in SINCE.items():
+        assert set(columns) <= columns_of(ledger_url, table)
+
+
+def test_a_complete_ledger_is_opened_while_somebody_writes_to_it(ledger_url: str) -> None:
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    with ledger.begin() as connection:
+        record_instances(connection, [arrival()])
+        open_ledger(LedgerConfig(url=ledger_url)).close()  # would wait for the lock of the writer
     ledger.close()
 
 
