@@ -1,6 +1,5 @@
 """`herald check`: does every part of the node answer?"""
 
-import shutil
 import smtplib
 import socket
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from herald.bus import open_bus
 from herald.config import Config
 from herald.errors import BusError, ChannelUnavailable, HeraldError, StoreFullError
 from herald.ledger import open_ledger
+from herald.store import StudyStore
 
 TIMEOUT_S = 3.0
 
@@ -126,13 +126,38 @@ def _webui(config: Config) -> str:
 
 
 def _disk(config: Config) -> str:
-    usage = shutil.disk_usage(config.node.data_dir)
-    if usage.free < config.store.min_free_gb * 1e9:
-        raise StoreFullError(
-            f"{usage.free / 1e9:.1f} GB free at {config.store.root}, below store.min_free_gb; "
-            "the receiver answers `out of resources` until some is freed"
-        )
-    return f"{usage.free / 1e9:.0f} GB free at {config.store.root}"
+    free_gb, refuse_gb, remove_gb = _free_gb(config), config.store.min_free_gb, config.store.remove_below_gb
+    free = f"{free_gb:.1f} GB free at {config.store.root}"
+    if free_gb >= max(refuse_gb, remove_gb):
+        removes = f"removes studies below {remove_gb:g}" if remove_gb else "is off"
+        return f"{free}; retention {removes}, the receiver refuses images below {refuse_gb:g}"
+    removable = _removable(config) if free_gb < remove_gb else 0
+    if removable:
+        advice = f"retention may remove {removable} finished studies"
+    elif remove_gb:
+        advice = "retention cannot free any: no study in the store is finished; see `herald reconcile`"
+    else:
+        advice = "retention is off: free some, or set store.remove_below_gb"
+    if free_gb < refuse_gb:
+        raise StoreFullError(f"{free}, below store.min_free_gb: the receiver answers `out of resources`; {advice}")
+    if not removable:
+        raise StoreFullError(f"{free}, below store.remove_below_gb; {advice}")
+    return f"{free}, below store.remove_below_gb; {advice}"
+
+
+def _free_gb(config: Config) -> float:
+    return StudyStore(config.store).free_bytes() / 1e9
+
+
+def _removable(config: Config) -> int:
+    from receiver.retention import finished_studies
+
+    ledger = open_ledger(config.ledger)
+    try:
+        with ledger.read() as connection:
+            return len(finished_studies(connection))
+    finally:
+        ledger.close()
 
 
 def _pager(config: Config) -> str:

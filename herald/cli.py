@@ -170,12 +170,17 @@ def _step_row(step: Any) -> tuple[str, str, str, str]:
 @app.command()
 def reconcile(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Restore the ledger's index from the files.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file's bytes with its SHA-256.")] = False,
     as_json: Json = False,
 ) -> None:
     """Account for every instance: file, ledger, series revision, disposition. Exit status 1 when one is unaccounted."""
     from herald.reconcile import reconcile as account
 
-    found = account(_config(), rebuild=rebuild)
+    with Progress(
+        TextColumn("SHA-256"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err, disable=not verify
+    ) as bar:
+        task = bar.add_task("verify", total=None)
+        found = account(_config(), rebuild, verify, lambda done, total: bar.update(task, completed=done, total=total))
     if as_json:
         _print_json(asdict(found))
     else:

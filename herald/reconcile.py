@@ -1,38 +1,46 @@
 """Where is every instance? Files on disk against the ledger's instances, series revisions and dispositions.
 
-The files are the truth: `restore_index` makes the ledger's rows of the receiver again from them.
+The files are the truth: `restore_index` makes the ledger's rows of the receiver again from them. They do not say from
+which address an instance came, how often, and what retention has removed.
 """
 
-import hashlib
 import logging
+import os
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, insert, select
+from pydicom.filereader import read_file_meta_info
+from sqlalchemy import Connection, RowMapping, Select, and_, func, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from herald.config import Config
 from herald.errors import DicomError, StoreError
 from herald.events import utc_now
 from herald.instance import InstanceHeader, read_header
 from herald.ledger import instances, open_ledger, rejections, results, series
-from herald.store import INSTANCE_SUFFIX, StudyStore
+from herald.store import INSTANCE_SUFFIX, StudyStore, file_sha256
 
 log = logging.getLogger(__name__)
 
 REBUILT = "rebuilt"
+REMOVING = ".removing-"
+"""How the name of a study's folder starts while retention removes it."""
 GRACE_S = 60.0
 """How much longer than its own limits a step may take before an instance that waits for it is unaccounted."""
+ROWS_AT_ONCE = 500
 
 SeriesKey = tuple[str, str]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """What was found: `dispositions` + `waiting` + `unaccounted` are all instances on disk or in the ledger."""
+    """What was found: `dispositions`, `waiting`, `removed` and `unaccounted` sum up to all instances ever stored."""
 
     instances_on_disk: int
     instances_in_ledger: int
@@ -40,7 +48,9 @@ class Reconciliation:
     dispositions: dict[str, int]
     """Instances by the disposition of their newest series revision."""
     waiting: int
-    """Instances whose series is still on its way, within the time that this may take."""
+    """Instances whose row or series is still on its way, within the time that this may take."""
+    removed: int
+    """Instances of finished studies whose files retention has removed."""
     rejected: int
     """Instances that were refused with a failure status; their sender knows."""
     unaccounted: int
@@ -48,10 +58,13 @@ class Reconciliation:
     """Why an instance is unaccounted, and what to do."""
 
 
-def reconcile(config: Config, rebuild: bool = False) -> Reconciliation:
+def reconcile(
+    config: Config, rebuild: bool = False, verify: bool = False, on_progress: Progress | None = None
+) -> Reconciliation:
     """Account for every instance; `rebuild` first restores the ledger's rows from the files.
 
-    Raises LedgerError or StoreError when either cannot be read.
+    `verify` also computes every file's SHA-256 and calls `on_progress(done, total)` after each file. Raises
+    LedgerError or StoreError when either cannot be read.
     """
     store = StudyStore(config.store)
     ledger = open_ledger(config.ledger)
@@ -60,18 +73,137 @@ def reconcile(config: Config, rebuild: bool = False) -> Reconciliation:
             with ledger.begin() as connection:
                 restored = restore_index(connection, store)
             log.info("%d instances restored; the receiver takes their series up at its next start", restored)
-        sizes = {path.relative_to(store.root).as_posix(): path.stat().st_size for path in store.all_instances()}
+        files = _Files(store.root)  # before the rows: what is placed later has its row already
         with ledger.read() as connection:
-            return _account(connection, sizes, config)
+            rows = connection.execute(_ROWS).mappings().all()
+            files.look_again(connection, rows)
+            if verify:
+                files.verify(rows, on_progress)
+            return _account(connection, rows, files, config)
     finally:
         ledger.close()
+
+
+_ROWS = select(
+    instances.c.path,
+    instances.c.study_instance_uid,
+    instances.c.series_instance_uid,
+    instances.c.size_bytes,
+    instances.c.sha256,
+    instances.c.received_at,
+    instances.c.removed_at,
+)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """The instance files under a root, while others add and remove some."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.sizes = dict(_instance_files(root))
+        self._removed: set[str] = set()
+        self._changed: set[str] = set()
+
+    def look_again(self, connection: Connection, rows: Sequence[RowMapping]) -> None:
+        """Settle where files and rows, read one after the other, differ because of what happened in between."""
+        differ = [row["path"] for row in rows if (row["path"] in self.sizes) == (row["removed_at"] is not None)]
+        for path in differ:
+            self.sizes.pop(path, None)
+            if (size := _size(self._root / path)) is not None:
+                self.sizes[path] = size
+        # a folder that is gone by now has been noted in the ledger, see receiver/retention.py
+        being_removed = studies_being_removed(self._root)
+        missing = [path for path in differ if path not in self.sizes]
+        self._removed = {path for path in missing if path.partition("/")[0] in being_removed}
+        for i in range(0, len(missing), ROWS_AT_ONCE):
+            noted = select(instances.c.path).where(
+                instances.c.path.in_(missing[i : i + ROWS_AT_ONCE]), instances.c.removed_at.is_not(None)
+            )
+            self._removed |= set(connection.execute(noted).scalars())
+
+    def verify(self, rows: Sequence[RowMapping], on_progress: Progress | None) -> None:
+        """Compare the bytes of every file with the SHA-256 that its row says."""
+        there = [row for row in rows if row["path"] in self.sizes]
+        for done, row in enumerate(there, start=1):
+            try:
+                same = file_sha256(self._root / row["path"]) == row["sha256"]
+            except FileNotFoundError:  # removed just now; it is accounted for as it was when it was listed
+                same = True
+            except OSError as error:
+                raise StoreError(f"cannot read {row['path']}: {error.strerror}; check the disk") from error
+            if not same:
+                self._changed.add(row["path"])
+            if on_progress is not None:
+                on_progress(done, len(there))
+
+    def is_removed(self, row: RowMapping) -> bool:
+        """Whether retention has removed the file, or is about to."""
+        path = row["path"]
+        return path not in self.sizes and (row["removed_at"] is not None or path in self._removed)
+
+    def is_fresh(self, path: str) -> bool:
+        """Whether the file is so young that its row may follow."""
+        try:
+            return time.time() - (self._root / path).stat().st_mtime < GRACE_S
+        except OSError:
+            return True
+
+    def problem(self, row: RowMapping) -> str | None:
+        """What is wrong with the file of a row."""
+        path, size = row["path"], self.sizes.get(row["path"])
+        if size is None:
+            return f"{path} is in the ledger and not on disk; restore it from a backup or send it again"
+        if size != row["size_bytes"]:
+            return f"{path} has {size} bytes and the ledger says {row['size_bytes']}; the file was changed"
+        if path in self._changed:
+            return f"{path} has other bytes than were received; restore it from a backup or send it again"
+        if row["removed_at"] is not None:
+            return f"{path} is on disk and the ledger says it was removed; run `herald reconcile --rebuild`"
+        return None
+
+
+def studies_being_removed(root: Path) -> set[str]:
+    """Study Instance UIDs of the folders that retention has set aside and not yet removed."""
+    return {path.name.removeprefix(REMOVING).partition("-")[0] for path in root.glob(REMOVING + "*")}
+
+
+def _instance_files(root: Path) -> Iterator[tuple[str, int]]:
+    """Path relative to the root, and size, of every instance file; what retention has set aside is none of them."""
+    for study in _folders(root):
+        for one in _folders(study.path):
+            try:
+                with os.scandir(one.path) as found:
+                    for file in found:
+                        if file.name.endswith(INSTANCE_SUFFIX):
+                            yield f"{study.name}/{one.name}/{file.name}", file.stat().st_size
+            except FileNotFoundError:  # removed meanwhile
+                continue
+
+
+def _folders(path: Path | str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(path) as found:
+            return sorted((e for e in found if not e.name.startswith(".") and e.is_dir()), key=lambda e: e.name)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}; check the rights on store.root") from error
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 # --- accounting ------------------------------------------------------------------------------------------------------
 
 
-def _account(connection: Connection, sizes: dict[str, int], config: Config) -> Reconciliation:
-    rows = connection.execute(select(instances)).mappings().all()
+def _account(connection: Connection, rows: Sequence[RowMapping], files: _Files, config: Config) -> Reconciliation:
     revisions: dict[SeriesKey, list[RowMapping]] = defaultdict(list)
     for row in connection.execute(select(series).order_by(series.c.revision.desc())).mappings():
         revisions[row["study_instance_uid"], row["series_instance_uid"]].append(row)
@@ -82,30 +214,37 @@ def _account(connection: Connection, sizes: dict[str, int], config: Config) -> R
         )
     }
     dispositions: dict[str, int] = defaultdict(int)
-    waiting = unaccounted = 0
-    problems: dict[str, int] = {}
+    waiting = removed = 0
+    problems: dict[str, int] = defaultdict(int)
     for row in rows:
-        outcome = _file_problem(row, sizes) or _whereabouts(row, revisions, disposed, config)
+        if files.is_removed(row):
+            removed += 1
+            continue
+        if row["removed_at"] is not None and files.is_fresh(row["path"]):
+            waiting += 1  # it came again
+            continue
+        outcome = files.problem(row) or _whereabouts(row, revisions, disposed, config)
         if isinstance(outcome, _Disposed):
             dispositions[outcome.disposition] += 1
         elif isinstance(outcome, _Waiting):
             waiting += 1
         else:
-            unaccounted += 1
-            problems[outcome] = problems.get(outcome, 0) + 1
-    known = {row["path"] for row in rows}
-    for path in sorted(sizes.keys() - known):
-        unaccounted += 1
-        problems[f"{path} is not in the ledger; run `herald reconcile --rebuild`"] = 1
+            problems[outcome] += 1
+    for path in sorted(files.sizes.keys() - {row["path"] for row in rows}):
+        if files.is_fresh(path):
+            waiting += 1
+        else:
+            problems[f"{path} is not in the ledger; run `herald reconcile --rebuild`"] += 1
     rejected = select(func.count()).select_from(rejections)
     return Reconciliation(
-        instances_on_disk=len(sizes),
+        instances_on_disk=len(files.sizes),
         instances_in_ledger=len(rows),
         series_revisions=sum(len(of_series) for of_series in revisions.values()),
         dispositions=dict(sorted(dispositions.items())),
         waiting=waiting,
+        removed=removed,
         rejected=int(connection.execute(rejected).scalar() or 0),
-        unaccounted=unaccounted,
+        unaccounted=sum(problems.values()),
         problems=tuple(text if count == 1 else f"{text} ({count} instances)" for text, count in problems.items()),
     )
 
@@ -118,15 +257,6 @@ class _Disposed:
 @dataclass(frozen=True)
 class _Waiting:
     pass
-
-
-def _file_problem(row: RowMapping, sizes: dict[str, int]) -> str | None:
-    size = sizes.get(row["path"])
-    if size is None:
-        return f"{row['path']} is in the ledger and not on disk; restore it from a backup or send it again"
-    if size != row["size_bytes"]:
-        return f"{row['path']} has {size} bytes and the ledger says {row['size_bytes']}; the file was changed"
-    return None
 
 
 def _whereabouts(
@@ -172,33 +302,54 @@ def restore_index(connection: Connection, store: StudyStore) -> int:
     """Make rows of files that have none, and open the next revision of every series that holds an image no revision
     covers; returns how many instances were restored. A file that is no DICOM is left alone, with a line in the log.
     """
-    restored = sum(1 for _ in _index_files(connection, store))
-    for key, newest_at, path in _uncovered(connection):
-        _restore_series(connection, store, key, newest_at, path)
+    restored = 0
+    batch: list[dict[str, Any]] = []
+    for row in _missing_rows(connection, store):
+        batch.append(row)
+        if len(batch) == ROWS_AT_ONCE:
+            restored += _restore_rows(connection, batch)
+            batch = []
+    restored += _restore_rows(connection, batch)
+    for key in _uncovered(connection):
+        _restore_series(connection, store, key)
     return restored
 
 
-def _index_files(connection: Connection, store: StudyStore) -> Iterator[Path]:
-    known = set(connection.execute(select(instances.c.path)).scalars())
-    for path in store.all_instances():
-        relative = path.relative_to(store.root).as_posix()
+def _missing_rows(connection: Connection, store: StudyStore) -> Iterator[dict[str, Any]]:
+    known = set(connection.execute(select(instances.c.path).where(instances.c.removed_at.is_(None))).scalars())
+    for relative, _ in _instance_files(store.root):
         if relative in known:
             continue
+        path = store.root / relative
         try:
-            header = read_header(path)
-            row = _instance_row(path, relative, header)
+            row = _instance_row(path, relative, read_header(path))
         except (DicomError, StoreError) as error:
             log.warning("%s; it stays out of the ledger", error)
             continue
-        connection.execute(insert(instances).values(row))
-        yield path
+        yield row
+
+
+def _restore_rows(connection: Connection, rows: list[dict[str, Any]]) -> int:
+    """Make the rows; one that a receiver at work has made meanwhile stays, one of a removed file is as new."""
+    if not rows:
+        return 0
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(instances)
+    columns = {name: statement.excluded[name] for name in rows[0] if name != "path"}
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["path"], set_=columns, where=instances.c.removed_at.is_not(None)
+        ),
+        rows,
+    )
+    return len(rows)
 
 
 def _instance_row(path: Path, relative: str, header: InstanceHeader) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_sha256(path)
         status = path.stat()
+        meta = read_file_meta_info(path)
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
     study_instance_uid, series_instance_uid = path.parent.parent.name, path.parent.name
@@ -213,54 +364,72 @@ def _instance_row(path: Path, relative: str, header: InstanceHeader) -> dict[str
         "size_bytes": status.st_size,
         "conflict": path.name != header.sop_instance_uid + INSTANCE_SUFFIX,
         "copies": 1,
-        "calling_ae_title": "",  # the file does not say who sent it
+        "calling_ae_title": str(meta.get("SourceApplicationEntityTitle") or "")[:16],  # as the receiver writes it
         "calling_address": "",
         "received_at": datetime.fromtimestamp(status.st_mtime, UTC),
+        "removed_at": None,
     }
 
 
-def _uncovered(connection: Connection) -> list[tuple[SeriesKey, datetime, str]]:
+def _uncovered(connection: Connection) -> list[SeriesKey]:
     """Series with an image that came after the last closed revision while none is open."""
-    newest = select(
-        instances.c.study_instance_uid,
-        instances.c.series_instance_uid,
-        func.max(instances.c.received_at).label("newest_at"),
-        func.min(instances.c.path).label("path"),
-    ).group_by(instances.c.study_instance_uid, instances.c.series_instance_uid)
+    newest = (
+        select(
+            instances.c.study_instance_uid,
+            instances.c.series_instance_uid,
+            func.max(instances.c.received_at).label("newest_at"),
+        )
+        .where(instances.c.removed_at.is_(None))
+        .group_by(instances.c.study_instance_uid, instances.c.series_instance_uid)
+    )
     covered: dict[SeriesKey, datetime | None] = {}
     for row in connection.execute(select(series).order_by(series.c.revision)).mappings():
         key = row["study_instance_uid"], row["series_instance_uid"]
         before = covered.get(key, row["closed_at"])
         covered[key] = None if before is None or row["closed_at"] is None else max(before, row["closed_at"])
     found = []
-    for study, uid, newest_at, path in connection.execute(newest):
+    for study, uid, newest_at in connection.execute(newest):
         closed_at = covered.get((study, uid), datetime.min.replace(tzinfo=UTC))
         if closed_at is not None and closed_at < newest_at:
-            found.append(((study, uid), newest_at, path))
+            found.append((study, uid))
     return found
 
 
-def _restore_series(connection: Connection, store: StudyStore, key: SeriesKey, newest_at: datetime, path: str) -> None:
+def _restore_series(connection: Connection, store: StudyStore, key: SeriesKey) -> None:
     """Make the rows of revisions that have a result, and one that is open when images came after all of them."""
     study_instance_uid, series_instance_uid = key
+    stored = and_(
+        instances.c.study_instance_uid == study_instance_uid,
+        instances.c.series_instance_uid == series_instance_uid,
+        instances.c.removed_at.is_(None),
+    )
+    in_order: Select[Any] = (
+        select(instances.c.path, instances.c.calling_ae_title)
+        .where(stored)
+        .order_by(instances.c.received_at, instances.c.path)
+    )
+    path, calling_ae_title = connection.execute(in_order.limit(1)).one()
     try:
         header = read_header(store.root / path)
     except (DicomError, StoreError) as error:
         log.warning("series %s cannot be restored: %s", series_instance_uid, error)
         return
-    oldest, count = connection.execute(
-        select(func.min(instances.c.received_at), func.count(instances.c.sop_instance_uid.distinct())).where(
-            instances.c.study_instance_uid == study_instance_uid, instances.c.series_instance_uid == series_instance_uid
-        )
+    oldest_at, newest_at, count = connection.execute(
+        select(
+            func.min(instances.c.received_at),
+            func.max(instances.c.received_at),
+            func.count(instances.c.sop_instance_uid.distinct()),
+        ).where(stored)
     ).one()
     common = {
         "study_instance_uid": study_instance_uid,
         "series_instance_uid": series_instance_uid,
         "accession_number": header.accession_number,
         "modality": header.modality,
-        "scanner": header.station_name,
+        "scanner": header.station_name or calling_ae_title,
+        "calling_ae_title": calling_ae_title,
         "instance_count": count,
-        "first_image_at": oldest,
+        "first_image_at": oldest_at,
         "last_image_at": newest_at,
     }
     of_series = series.c.series_instance_uid == series_instance_uid
