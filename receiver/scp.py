@@ -28,9 +28,12 @@ from herald.errors import ConfigError, DicomError, NotDicomError, StoreError
 from herald.events import utc_now
 from herald.instance import Head, InstanceHeader, read_head
 from herald.store import IncomingInstance, StudyStore
+from receiver import announcement, commitment
 from receiver.access import AllowedSenders, tls_context
+from receiver.announcement import Announcements
 from receiver.assembly import SeriesAssembler
 from receiver.command import StoreRequest
+from receiver.commitment import CommitmentService
 from receiver.record import Arrival, Recorder, Rejection, record_rejection
 from receiver.statuses import StoreStatus
 from receiver.upper_layer import ReceivingAssociation, ReceivingServer, printable
@@ -91,6 +94,8 @@ class StorageServer:
         self._idle = threading.Condition()
         self._in_flight = 0
         self._stopping = False
+        self._commitments = CommitmentService(config, store, recorder)
+        self._announcements = Announcements(assembler.announce)
         self._ae = _application_entity(config)
         self._servers: list[ReceivingServer] = []
 
@@ -101,6 +106,7 @@ class StorageServer:
 
     def start(self) -> None:
         """Listen; returns at once."""
+        self._commitments.start()
         _config.LOG_HANDLER_LEVEL = "none"  # pynetdicom would format every message for its log
         self._listen("receiver.port", self._config.port, None)
         if self._config.tls_port:
@@ -110,6 +116,9 @@ class StorageServer:
         handlers: list[tuple[evt.EventType, Callable[..., Any]]] = [
             (evt.EVT_ACCEPTED, self._accepted),
             (evt.EVT_REJECTED, self._rejected),
+            (evt.EVT_N_ACTION, self._commitments.requested),
+            (evt.EVT_N_CREATE, self._announcements.created),
+            (evt.EVT_N_SET, self._announcements.changed),
         ]
         address = self._config.host, port
         try:
@@ -131,6 +140,7 @@ class StorageServer:
             self._idle.wait_for(lambda: self._in_flight == 0, timeout_s)
         for server in self._servers:
             server.stop(timeout_s)
+        self._commitments.stop(timeout_s)
 
     # --- associations ------------------------------------------------------------------------------------------------
 
@@ -393,7 +403,8 @@ def _application_entity(config: ReceiverConfig) -> AE:
     ae = AE(ae_title=config.ae_title)
     for context in AllStoragePresentationContexts:
         ae.add_supported_context(str(context.abstract_syntax), TRANSFER_SYNTAXES)
-    ae.add_supported_context(VERIFICATION)
+    for abstract_syntax in (VERIFICATION, *commitment.ABSTRACT_SYNTAXES, *announcement.ABSTRACT_SYNTAXES):
+        ae.add_supported_context(abstract_syntax)
     ae.maximum_pdu_size = config.max_pdu_bytes
     ae.maximum_associations = config.max_associations
     ae.require_called_aet = config.require_called_ae_title

@@ -321,11 +321,7 @@ class ReceivingAssociation(Association):
 
     def _serve(self) -> None:
         while self.is_established and self.receive():
-            context_id, message = self.dimse.get_msg()
-            if message is not None and context_id is not None:
-                self._serve_request(message, context_id)
-                while self._after:
-                    self._after.pop(0)()
+            self._serve_messages()
             if self.acse.is_release_requested():
                 self._end()  # before the answer: the series may settle from now on
                 self.acse.send_release(is_response=True)
@@ -333,6 +329,16 @@ class ReceivingAssociation(Association):
             elif self.acse.is_aborted():
                 self.is_aborted, self.is_established = True, False
                 log.warning("%s aborted its association", self.who)
+
+    def _serve_messages(self) -> None:
+        """Serve what pynetdicom has put together; one PDU may have brought several messages."""
+        while self.is_established:
+            context_id, message = self.dimse.get_msg()
+            if message is None or context_id is None:
+                return
+            self._serve_request(message, context_id)
+            while self._after:
+                self._after.pop(0)()
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """From within a handler: do this once the response has gone out, in this thread."""
