@@ -36,9 +36,13 @@ from pydicom.uid import (
     RLELossless,
     generate_uid,
 )
+from pynetdicom import evt
 from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.sop_class import ModalityPerformedProcedureStep, StorageCommitmentPushModel
 from receiver_fakes import ListBus, Receiver, association, config_under, ct_series, ct_slice, receiving, send_all
 from sqlalchemy import func, select
+from test_receiver_announcement import change, create, performed, step
+from test_receiver_commitment import Reports, ask, request_for
 
 from herald.bus import open_bus
 from herald.config import StoreConfig
@@ -523,3 +527,35 @@ def test_a_whole_study_gives_one_event_per_series(tmp_path: Path) -> None:
         (28, "released-and-even"),
         (60, "released-and-even"),
     ]
+
+
+# --- the other services of the same server ---
+
+
+def test_a_sender_stores_asks_for_commitment_and_is_told_all_is_safe_over_one_association(tmp_path: Path) -> None:
+    images = ct_series(3)
+    reports = Reports()
+    contexts = [(CTImageStorage, ExplicitVRLittleEndian), (StorageCommitmentPushModel, ImplicitVRLittleEndian)]
+    with (
+        receiving(config_under(tmp_path)) as receiver,
+        association(receiver.port, contexts, evt_handlers=[(evt.EVT_N_EVENT_REPORT, reports)]) as assoc,
+    ):
+        assert [assoc.send_c_store(image).Status for image in images] == [0, 0, 0]
+        assert ask(assoc, request_for(*((CTImageStorage, image.SOPInstanceUID) for image in images))) == 0
+        event_type, _, committed, failed = reports.next()
+    assert (event_type, failed) == (1, {})
+    assert {uid for _, uid in committed} == {image.SOPInstanceUID for image in images}
+
+
+def test_a_completed_procedure_step_closes_a_series_that_is_no_even_stack(tmp_path: Path) -> None:
+    images = ct_series(3)  # too few to be taken for complete
+    uid = images[0].SeriesInstanceUID
+    step_syntax = [(ModalityPerformedProcedureStep, ImplicitVRLittleEndian)]
+    with receiving(config_under(tmp_path, quiet_s=60.0)) as receiver:
+        assert send_all(receiver.port, images) == [0, 0, 0]
+        with association(receiver.port, step_syntax) as assoc:
+            assert create(assoc, step(), "1.2.3.99") == 0
+            series_list = [performed(uid, [image.SOPInstanceUID for image in images])]
+            assert change(assoc, step("COMPLETED", PerformedSeriesSequence=series_list), "1.2.3.99").Status == 0
+        (event,) = receiver.bus.wait_for(1)
+    assert (event.close_reason, event.instance_count) == ("announced-and-complete", 3)
