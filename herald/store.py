@@ -191,7 +191,8 @@ class StudyStore:
 
     def all_instances(self) -> Iterator[Path]:
         """Every instance file of the store."""
-        yield from sorted(self.root.glob("*/*/*" + INSTANCE_SUFFIX))
+        # not of a study that is being removed, whose folder starts with a point
+        yield from sorted(self.root.glob("[0-9]*/*/*" + INSTANCE_SUFFIX))
 
     def leftovers(self) -> Iterator[Path]:
         """Temporary files of writes that never finished and so were never acknowledged."""

@@ -174,7 +174,9 @@ def close_series(
         func.count(instances.c.sop_instance_uid.distinct()).label("instance_count"),
         func.max(instances.c.received_at).label("last_image_at"),
     ).where(
-        instances.c.study_instance_uid == study_instance_uid, instances.c.series_instance_uid == series_instance_uid
+        instances.c.study_instance_uid == study_instance_uid,
+        instances.c.series_instance_uid == series_instance_uid,
+        instances.c.removed_at.is_(None),
     )
     counted = connection.execute(content).mappings().one()
     closed: dict[str, Any] = {

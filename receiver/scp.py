@@ -24,7 +24,7 @@ from pynetdicom import (
 )
 
 from herald.config import ReceiverConfig
-from herald.errors import ConfigError, DicomError, NotDicomError, StoreError
+from herald.errors import ConfigError, DicomError, NotDicomError, StoreError, StoreFullError
 from herald.events import utc_now
 from herald.instance import Head, InstanceHeader, read_head
 from herald.store import IncomingInstance, StudyStore
@@ -84,10 +84,16 @@ class StorageServer:
     """Accepts associations between `start` and `stop`; raises ConfigError when a port cannot be opened."""
 
     def __init__(
-        self, config: ReceiverConfig, store: StudyStore, recorder: Recorder, assembler: SeriesAssembler
+        self,
+        config: ReceiverConfig,
+        store: StudyStore,
+        recorder: Recorder,
+        assembler: SeriesAssembler,
+        short_of_space: Callable[[], None] = lambda: None,
     ) -> None:
         self.store = store
         self.assembler = assembler
+        self.short_of_space = short_of_space
         self._config = config
         self._recorder = recorder
         self._allowed = AllowedSenders(config.allowed_senders)
@@ -229,6 +235,8 @@ class Reception:
             self._incoming = server.store.receive()
             self._incoming.write(meta)
         except (StoreError, OSError) as error:
+            if isinstance(error, StoreFullError):
+                server.short_of_space()
             self._refused = _out_of_resources(error)
         except _Refused as refusal:
             self._refused = refusal

@@ -11,6 +11,7 @@ from herald.events import SeriesReceived
 from herald.store import StudyStore
 from receiver.assembly import SeriesAssembler
 from receiver.record import Recorder
+from receiver.retention import Retention
 from receiver.scp import StorageServer
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,10 @@ def serve(config: Config, stop: threading.Event) -> None:
     recorder = Recorder(config.ledger)
     publisher = _Publisher(config.bus)
     assembler = SeriesAssembler(config.receiver, store, recorder, publisher)
-    server = StorageServer(config.receiver, store, recorder, assembler)
+    retention = Retention(config.store, store, recorder, assembler.holds)
+    server = StorageServer(config.receiver, store, recorder, assembler, short_of_space=retention.wake)
     recorder.start()
+    retention.start()  # before the assembler reads the store: what a crash left half removed is removed first
     resumed = assembler.start()
     try:
         try:
@@ -43,6 +46,7 @@ def serve(config: Config, stop: threading.Event) -> None:
             server.stop(config.node.stop_timeout_s / 3)
     finally:
         assembler.stop(config.node.stop_timeout_s / 6)
+        retention.stop(config.node.stop_timeout_s / 6)
         recorder.stop(config.node.stop_timeout_s / 3)
         publisher.close()
 

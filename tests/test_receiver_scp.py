@@ -285,6 +285,19 @@ def test_a_full_disk_is_out_of_resources_before_anything_is_written(tmp_path: Pa
         assert [row["status"] for row in rows_of(receiver, rejections)] == [StoreStatus.OUT_OF_RESOURCES]
 
 
+def test_a_full_disk_wakes_whoever_can_free_it(tmp_path: Path) -> None:
+    config, woken = config_under(tmp_path), threading.Event()
+    full = replace(config, store=StoreConfig(root=config.store.root, min_free_gb=1e9))
+    receiver = Receiver(full, ListBus())
+    receiver.server.short_of_space = woken.set
+    receiver.start()
+    try:
+        assert send_all(receiver.port, [ct_slice("1.2.3", "1.2.3.4", 0.0)]) == [StoreStatus.OUT_OF_RESOURCES]
+        assert woken.wait(5.0)
+    finally:
+        receiver.stop()
+
+
 def test_a_sender_that_is_not_allowed_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_under(tmp_path, allowed_senders=("CT1",), require_called_ae_title=True)
     with receiving(config) as receiver:
