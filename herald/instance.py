@@ -3,17 +3,26 @@
 Values are taken from their encoded bytes, so that a malformed value elsewhere in the header disturbs nothing.
 """
 
+import contextlib
 import re
+import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset, read_file_meta_info
 from pydicom.tag import BaseTag
-from pydicom.uid import UID, CTImageStorage, DeflatedExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import (
+    UID,
+    AllTransferSyntaxes,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MRImageStorage,
+)
 
 from herald.errors import NotDicomError, StoreError
 
@@ -45,6 +54,20 @@ _PIXEL_DATA_TAGS = range(_PIXEL_DATA, 0x7FE00011)
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _DEFLATED_HEADER_BYTES = 1 << 20  # so much of an inflated data set is looked at for its header
 _PREAMBLE_BYTES = 132
+_WANTED = frozenset(_TAGS)
+_WALKED = frozenset({ImplicitVRLittleEndian}) | {
+    syntax
+    for syntax in AllTransferSyntaxes
+    if not (syntax.is_implicit_VR or syntax.is_deflated) and syntax.is_little_endian
+}
+_IMPLICIT = struct.Struct("<HHL")
+_EXPLICIT = struct.Struct("<HH2sH")
+_LONG_VRS = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
+_VRS = _LONG_VRS | frozenset(
+    {b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS"}
+    | {b"ST", b"TM", b"UI", b"UL", b"US"}
+)
+_Values = Mapping[int, bytes]
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
 STACKED_SOP_CLASSES = frozenset({CTImageStorage, MRImageStorage})
@@ -92,22 +115,29 @@ def header_from_dataset(encoded: BinaryIO, transfer_syntax_uid: str) -> Instance
     return read_head(encoded, transfer_syntax_uid).header
 
 
-def read_head(encoded: BinaryIO, transfer_syntax_uid: str) -> Head:
+def read_head(encoded: bytes | BinaryIO, transfer_syntax_uid: str) -> Head:
     """Read up to the pixel data, whose bytes need not be there; raises NotDicomError when it cannot be decoded.
 
     A structure that is broken after the header, before the pixel data, is left to whoever decodes the pixels.
+    Bytes in memory are walked through directly; what is unusual about them, and files, are read by pydicom.
     """
     syntax = UID(transfer_syntax_uid)
+    if isinstance(encoded, bytes):
+        if syntax in _WALKED:
+            with contextlib.suppress(ValueError, struct.error, RecursionError):
+                return _head(_walk(encoded, explicit=not syntax.is_implicit_VR), syntax)
+        encoded = BytesIO(encoded)
     try:
         if syntax == DeflatedExplicitVRLittleEndian:
             inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(encoded.read(), _DEFLATED_HEADER_BYTES)
             encoded = BytesIO(inflated)
         start = encoded.tell()
         try:
-            return _read_until(encoded, syntax, _PIXEL_DATA)
+            found = _read_until(encoded, syntax, _PIXEL_DATA)
         except Exception:  # see below
             encoded.seek(start)
-            return _read_until(encoded, syntax, _LAST + 1)
+            found = _read_until(encoded, syntax, _LAST + 1)
+        return _head(found, syntax)
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors: all mean the same
         raise NotDicomError(
             f"the data set cannot be decoded as {syntax.name} ({type(error).__name__}: {error}); "
@@ -115,13 +145,26 @@ def read_head(encoded: BinaryIO, transfer_syntax_uid: str) -> Head:
         ) from error
 
 
-def _read_until(encoded: BinaryIO, syntax: UID, first_unread: int) -> Head:
-    seen = stopped_at = 0
+class _Found(NamedTuple):
+    values: dict[int, bytes]
+    """Encoded values of the elements that the header is made of."""
+    last_tag: int
+    """The greatest tag that was seen."""
+    pixel_data_end: int | None
+
+
+def _head(found: _Found, syntax: UID) -> Head:
+    return Head(_header(found.values, str(syntax)), found.last_tag > _LAST, found.pixel_data_end)
+
+
+def _read_until(encoded: BinaryIO, syntax: UID, first_unread: int) -> _Found:
+    """By pydicom."""
+    last_tag = stopped_at = 0
     stopped_length = _UNDEFINED_LENGTH
 
     def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal seen, stopped_at, stopped_length
-        seen = max(seen, int(tag))
+        nonlocal last_tag, stopped_at, stopped_length
+        last_tag = max(last_tag, int(tag))
         if int(tag) < first_unread:
             return False
         stopped_at, stopped_length = int(tag), length
@@ -134,7 +177,70 @@ def _read_until(encoded: BinaryIO, syntax: UID, first_unread: int) -> Head:
     if stopped_at in _PIXEL_DATA_TAGS and stopped_length != _UNDEFINED_LENGTH and not syntax.is_deflated:
         # read_dataset goes back to the start of the element; its tag, VR and length take 8 or 12 bytes (PS3.5 7.1)
         end = encoded.tell() + (8 if syntax.is_implicit_VR else 12) + stopped_length
-    return Head(_header(ds, str(syntax)), seen > _LAST, end)
+    values = {tag: value for tag in _TAGS if tag in ds and isinstance(value := ds.get_item(tag).value, bytes)}
+    return _Found(values, last_tag, end)
+
+
+def _walk(encoded: bytes, explicit: bool) -> _Found:
+    """Go from element to element (PS3.5 7.1), little endian, and keep what the header is made of.
+
+    On the way of every image, where pydicom takes four times as long. Raises ValueError or struct.error for anything
+    that is not plainly well-formed.
+    """
+    if not explicit and encoded[4:6] in _VRS:
+        raise ValueError("explicit VR where implicit VR was negotiated")
+    values: dict[int, bytes] = {}
+    offset = last_tag = 0
+    while offset < len(encoded):
+        tag, start, length = _element(encoded, offset, explicit)
+        last_tag = max(last_tag, tag)
+        if tag >= _PIXEL_DATA:
+            defined = tag in _PIXEL_DATA_TAGS and length != _UNDEFINED_LENGTH
+            return _Found(values, last_tag, start + length if defined else None)
+        if length == _UNDEFINED_LENGTH:
+            offset = _after_sequence(encoded, start, explicit)
+            continue
+        offset = start + length
+        if tag in _WANTED:
+            values[tag] = encoded[start:offset]
+    if offset > len(encoded):
+        raise ValueError("the last value is cut off")
+    return _Found(values, last_tag, None)
+
+
+def _element(encoded: bytes, offset: int, explicit: bool) -> tuple[int, int, int]:
+    """Tag, start of the value, and its length."""
+    if not explicit:
+        group, element, length = _IMPLICIT.unpack_from(encoded, offset)
+        return group << 16 | element, offset + 8, length
+    group, element, vr, length = _EXPLICIT.unpack_from(encoded, offset)
+    if vr in _LONG_VRS:
+        length = int.from_bytes(encoded[offset + 8 : offset + 12], "little")
+        if vr == b"UN" and length == _UNDEFINED_LENGTH:
+            raise ValueError("UN of undefined length holds implicit VR (PS3.5 6.2.2)")
+        return group << 16 | element, offset + 12, length
+    if vr not in _VRS:
+        raise ValueError(f"{vr!r} is no VR")
+    return group << 16 | element, offset + 8, length
+
+
+def _after_sequence(encoded: bytes, offset: int, explicit: bool) -> int:
+    """Where a sequence of undefined length ends (PS3.5 7.5)."""
+    while True:
+        group, element, length = _IMPLICIT.unpack_from(encoded, offset)
+        offset += 8
+        if (group, element) == (0xFFFE, 0xE0DD):
+            return offset
+        if (group, element) != (0xFFFE, 0xE000):
+            raise ValueError("no item where one must be")
+        offset = _after_item(encoded, offset, explicit) if length == _UNDEFINED_LENGTH else offset + length
+
+
+def _after_item(encoded: bytes, offset: int, explicit: bool) -> int:
+    while encoded[offset : offset + 4] != b"\xfe\xff\x0d\xe0":
+        _, start, length = _element(encoded, offset, explicit)
+        offset = _after_sequence(encoded, start, explicit) if length == _UNDEFINED_LENGTH else start + length
+    return offset + 8
 
 
 def read_header(path: Path) -> InstanceHeader:
@@ -163,29 +269,24 @@ def _file_meta(path: Path) -> tuple[str, int]:
         raise NotDicomError(f"{path.name} has no readable File Meta Information ({error}); PS3.10 7.1") from error
 
 
-def _header(ds: Dataset, transfer_syntax_uid: str) -> InstanceHeader:
-    sop_class_uid = _text(ds, _SOP_CLASS_UID, 64)
+def _header(values: _Values, transfer_syntax_uid: str) -> InstanceHeader:
+    sop_class_uid = _text(values, _SOP_CLASS_UID, 64)
     return InstanceHeader(
         sop_class_uid=sop_class_uid,
-        sop_instance_uid=_text(ds, _SOP_INSTANCE_UID, 65),
-        study_instance_uid=_text(ds, _STUDY_INSTANCE_UID, 65),
-        series_instance_uid=_text(ds, _SERIES_INSTANCE_UID, 65),
+        sop_instance_uid=_text(values, _SOP_INSTANCE_UID, 65),
+        study_instance_uid=_text(values, _STUDY_INSTANCE_UID, 65),
+        series_instance_uid=_text(values, _SERIES_INSTANCE_UID, 65),
         transfer_syntax_uid=transfer_syntax_uid,
-        accession_number=_text(ds, _ACCESSION_NUMBER, 16),
-        modality=_text(ds, _MODALITY, 16),
-        station_name=_text(ds, _STATION_NAME, 64),
-        stacked=sop_class_uid in STACKED_SOP_CLASSES and "LOCALIZER" not in _text(ds, _IMAGE_TYPE, 256).split("\\"),
-        plane=_plane(ds),
+        accession_number=_text(values, _ACCESSION_NUMBER, 16),
+        modality=_text(values, _MODALITY, 16),
+        station_name=_text(values, _STATION_NAME, 64),
+        stacked=sop_class_uid in STACKED_SOP_CLASSES and "LOCALIZER" not in _text(values, _IMAGE_TYPE, 256).split("\\"),
+        plane=_plane(values),
     )
 
 
-def _encoded(ds: Dataset, tag: int) -> bytes:
-    value = ds.get_item(tag).value if tag in ds else None
-    return value if isinstance(value, bytes) else b""
-
-
-def _text(ds: Dataset, tag: int, longest: int) -> str:
-    encoded = _encoded(ds, tag).strip(b" \0")
+def _text(values: _Values, tag: int, longest: int) -> str:
+    encoded = values.get(tag, b"").strip(b" \0")
     try:
         text = encoded.decode("utf-8")
     except UnicodeDecodeError:
@@ -193,9 +294,9 @@ def _text(ds: Dataset, tag: int, longest: int) -> str:
     return _UNPRINTABLE.sub("", text)[:longest]
 
 
-def _plane(ds: Dataset) -> Plane | None:
-    position = _numbers(ds, _IMAGE_POSITION_PATIENT, 3)
-    orientation = _numbers(ds, _IMAGE_ORIENTATION_PATIENT, 6)
+def _plane(values: _Values) -> Plane | None:
+    position = _numbers(values, _IMAGE_POSITION_PATIENT, 3)
+    orientation = _numbers(values, _IMAGE_ORIENTATION_PATIENT, 6)
     if position is None or orientation is None:
         return None
     x, y, z = position
@@ -203,9 +304,9 @@ def _plane(ds: Dataset) -> Plane | None:
     return Plane((x, y, z), (a, b, c, d, e, f))
 
 
-def _numbers(ds: Dataset, tag: int, count: int) -> list[float] | None:
+def _numbers(values: _Values, tag: int, count: int) -> list[float] | None:
     try:
-        numbers = [float(part) for part in _encoded(ds, tag).rstrip(b"\0").split(b"\\")]
+        numbers = [float(part) for part in values.get(tag, b"").rstrip(b"\0").split(b"\\")]
     except ValueError:
         return None
     finite = all(abs(number) < 1e9 for number in numbers)  # also false for NaN

@@ -99,8 +99,7 @@ class StudyStore:
 
     def series_folder(self, study_instance_uid: str, series_instance_uid: str) -> Path:
         """The folder of one series; raises DicomError when a UID is none, so that no path leaves the root."""
-        for keyword, uid in (("StudyInstanceUID", study_instance_uid), ("SeriesInstanceUID", series_instance_uid)):
-            _require_uid(keyword, uid)
+        _require_uids(study_instance_uid, series_instance_uid)
         return self.root / study_instance_uid / series_instance_uid
 
     def receive(self) -> "IncomingInstance":
@@ -118,8 +117,8 @@ class StudyStore:
 
         The same data set again changes nothing; another one under the same UID is kept beside the first, flagged.
         """
-        _require_uid("SOPInstanceUID", sop_instance_uid)
-        folder = str(self.series_folder(study_instance_uid, series_instance_uid))
+        _require_uids(study_instance_uid, series_instance_uid, sop_instance_uid)
+        folder = f"{self.root}/{study_instance_uid}/{series_instance_uid}"
         try:
             incoming.flush()
             with self.placing:
@@ -129,8 +128,7 @@ class StudyStore:
             raise self._unwritable(sop_instance_uid, error) from error
         try:
             try:
-                if stored.new:
-                    _sync_folder(folder)
+                _sync_folder(folder)  # of a repetition too: the first may still be on its way over another association
             except OSError as error:
                 raise self._unwritable(sop_instance_uid, error) from error
             yield stored
@@ -242,9 +240,11 @@ class StudyStore:
             _sync_folder(path.parent)
 
 
-def _require_uid(keyword: str, uid: str) -> None:
-    if not _UID.fullmatch(uid):
-        raise DicomError(f"{keyword} {uid!r} is not a UID (PS3.5 9.1); the sender must give one")
+def _require_uids(*uids: str) -> None:
+    """Study, Series and SOP Instance UID, or the first of them."""
+    for keyword, uid in zip(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"), uids, strict=False):
+        if not _UID.fullmatch(uid):
+            raise DicomError(f"{keyword} {uid!r} is not a UID (PS3.5 9.1); the sender must give one")
 
 
 class IncomingInstance:

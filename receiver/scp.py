@@ -10,7 +10,6 @@ import ssl
 import struct
 import threading
 from collections.abc import Callable
-from io import BytesIO
 from typing import Any, cast
 
 from pydicom.uid import UID
@@ -354,7 +353,7 @@ class Reception:
 
     def _read_head(self) -> None:
         with contextlib.suppress(NotDicomError):  # a header that is longer than what is kept, if it is one at all
-            self._read = read_head(BytesIO(self._head), self._transfer_syntax)
+            self._read = read_head(bytes(self._head), self._transfer_syntax)
 
     def _refuse(self, status: StoreStatus, reason: str) -> tuple[int, str]:
         """Log and record a refusal; returns status and ErrorComment (PS3.7 C)."""

@@ -8,7 +8,6 @@ with an instance. Negotiation, release, abort and every other DIMSE service are 
 
 import contextlib
 import logging
-import queue
 import socket
 import ssl
 import struct
@@ -202,10 +201,7 @@ class _ReadingDimse(DIMSEServiceProvider):
     def get_msg(self, block: bool = False) -> Any:
         while block and self.msg_queue.empty() and cast(ReceivingAssociation, self.assoc).receive():
             pass
-        try:
-            return self.msg_queue.get(block=False)
-        except queue.Empty:
-            return None, None
+        return (None, None) if self.msg_queue.empty() else self.msg_queue.get(block=False)
 
 
 # --- the association -------------------------------------------------------------------------------------------------
@@ -230,6 +226,7 @@ class ReceivingAssociation(Association):
         acceptor.implementation_version_name = server.ae.implementation_version_name
         acceptor.supported_contexts = server.contexts
         self.requestor.address_info = address
+        self.calling_address = printable(address.address, 64)
         for event, handlers in server.handlers:
             self.bind(event, handlers)
         self._longest = server.ae.maximum_pdu_size
@@ -245,21 +242,14 @@ class ReceivingAssociation(Association):
 
     # --- who ---
 
-    @property
-    def calling_ae_title(self) -> str:
-        """What the requestor calls itself."""
-        return printable(self.requestor.ae_title, 16).strip()
+    calling_ae_title = ""
+    """What the requestor calls itself; empty until it has."""
 
     @property
     def called_ae_title(self) -> str:
         """Whom the requestor called."""
         request = self.requestor.primitive
         return printable(request.called_ae_title if request is not None else "", 16).strip()
-
-    @property
-    def calling_address(self) -> str:
-        """IP address of the requestor."""
-        return printable(self.requestor.address, 64)
 
     @property
     def who(self) -> str:
@@ -309,6 +299,7 @@ class ReceivingAssociation(Association):
             return False
         self.requestor.primitive = request
         self.requestor.ae_title = request.calling_ae_title
+        self.calling_ae_title = printable(request.calling_ae_title, 16).strip()
         reason = self._service.refusal(self)
         if reason is not None:
             log.warning("refused the association of %s calling %s: %s", self.who, self.called_ae_title, reason)
