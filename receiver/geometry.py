@@ -1,8 +1,7 @@
 """Whether the planes of a series are whole: every stack in it even and without a gap.
 
-A missing slice makes a step twice as long, whatever the spacing, so steps may differ by a good deal less than that: by
-the rounding of positions to a tenth of a millimetre, say. What is odd but whole is taken for a gap, which costs the
-quiet period; what has a gap must never be taken for whole.
+What is odd but whole is taken for a gap, which costs the quiet period; what has a gap must not be taken for whole. One
+gap cannot be seen: the last slice of a narrow stack at the joint with a wider one, over which the step is short enough.
 """
 
 from collections.abc import Collection
@@ -16,8 +15,12 @@ from herald.instance import Plane
 SAME_ORIENTATION: Final = 0.05
 """Largest difference of direction cosines within one stack."""
 SAME_POSITION_MM: Final = 0.01
-EVEN_TOLERANCE: Final = 0.2
-"""Steps of one stack differ by less than this fraction."""
+EVEN_TOLERANCE: Final = 0.1
+"""Steps of one stack differ by less than this fraction,"""
+ROUNDED_MM: Final = 0.11
+"""or by what positions rounded to a tenth of a millimetre make of one step,"""
+MOST_TOLERANCE: Final = 0.4
+"""and never by more than this fraction: a missing slice makes a step twice as long."""
 MOST_STACKS: Final = 3
 """Head protocols change their spacing or tilt once or twice, as from 4 mm in the posterior fossa to 7 mm above."""
 FEWEST_STEPS: Final = 3
@@ -71,7 +74,7 @@ def _end_to_end(steps: list[float]) -> bool:
     """Whether the steps are those of one even stack, or of a few that meet without a gap."""
     runs: list[list[float]] = []
     for step in steps:
-        if runs and abs(step - runs[-1][0]) <= EVEN_TOLERANCE * runs[-1][0]:
+        if runs and abs(step - runs[-1][0]) <= _tolerance_mm(runs[-1][0]):
             runs[-1].append(step)
         else:
             runs.append([step])
@@ -80,8 +83,14 @@ def _end_to_end(steps: list[float]) -> bool:
     for i, run in enumerate(runs):
         if len(run) >= FEWEST_STEPS:
             continue
-        joint = len(run) == 1 and 0 < i < len(runs) - 1
-        # where two stacks meet the step is anything up to the wider spacing; a longer one is a gap
-        if not joint or run[0] > (1 + EVEN_TOLERANCE) * max(runs[i - 1][0], runs[i + 1][0]):
+        if len(run) > 1 or i in (0, len(runs) - 1) or min(len(runs[i - 1]), len(runs[i + 1])) < FEWEST_STEPS:
+            return False
+        # where two stacks meet one step is anything up to the wider spacing; a longer one is a gap
+        wider = max(runs[i - 1][0], runs[i + 1][0])
+        if run[0] > wider + _tolerance_mm(wider):
             return False
     return sum(len(run) >= FEWEST_STEPS for run in runs) <= MOST_STACKS
+
+
+def _tolerance_mm(step: float) -> float:
+    return min(max(EVEN_TOLERANCE * step, ROUNDED_MM), MOST_TOLERANCE * step)

@@ -5,14 +5,16 @@ association per image, or stop between two, show pauses in every series; others 
 the longest pause closes no series too early.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-MARGIN: Final = 2.0
-"""Rest by longest pause. Of pauses with a long tail (log-normal, sigma 0.5) the longest of ten series of 200 images is
-exceeded twofold in one of a thousand further series; 1.5 would be exceeded ten times as often."""
+MARGIN: Final = 3.0
+"""A rest is the longest pause times 1 + MARGIN / sqrt(n), of n series with pauses: the fewer were seen, the more the
+longest understates. Of pauses with a long tail (log-normal, sigma 0.5) this keeps one series of a thousand from
+closing too early, for any n from 10 to 200; see benchmarks/completion.py."""
 REMEMBERED_SERIES: Final = 200
 """So many series of a sender are looked back on. A pause in one of n series is forgotten, and then costs a premature
 close, in less than 1 of 200 e = 540 series whatever n is; a pause that was a person's is forgotten in some days."""
@@ -25,14 +27,21 @@ MOST_SENDERS: Final = 1000
 @dataclass
 class _Sender:
     longest_s: float = 0.0
+    paused: int = 0
+    """How many of the last series showed a pause."""
     pauses: OrderedDict[Hashable, float] = field(default_factory=OrderedDict)
     """Longest pause in each of the last series, newest last."""
 
     def note(self, series: Hashable, pause_s: float) -> None:
-        self.pauses[series] = max(pause_s, self.pauses.pop(series, 0.0))
+        before_s = self.pauses.pop(series, 0.0)
+        self.pauses[series] = max(pause_s, before_s)
+        self.paused += before_s == 0.0 < pause_s
         self.longest_s = max(self.longest_s, pause_s)
-        if len(self.pauses) > REMEMBERED_SERIES and self.pauses.popitem(last=False)[1] >= self.longest_s:
-            self.longest_s = max(self.pauses.values())
+        if len(self.pauses) > REMEMBERED_SERIES:
+            _, forgotten_s = self.pauses.popitem(last=False)
+            self.paused -= forgotten_s > 0.0
+            if forgotten_s >= self.longest_s:
+                self.longest_s = max(self.pauses.values())
 
 
 class Settling:
@@ -61,7 +70,7 @@ class Settling:
         return max((self._rest_of(sender, pause_s) for sender in senders), default=self._first_s)
 
     def _rest_of(self, name: str, pause_s: float) -> float:
-        sender = self._senders.get(name)
-        longest_s = pause_s if sender is None else max(pause_s, sender.longest_s)
-        known = sender is not None and len(sender.pauses) >= KNOWN_AFTER_SERIES
-        return max(self._min_s if known else self._first_s, min(MARGIN * longest_s, self.max_s))
+        sender = self._senders.get(name) or _Sender()
+        longest_s = max(sender.longest_s, pause_s)
+        bridging_s = min(longest_s * (1 + MARGIN / math.sqrt(max(sender.paused, 1))), self.max_s)
+        return max(self._min_s if len(sender.pauses) >= KNOWN_AFTER_SERIES else self._first_s, bridging_s)
