@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup tools demo test lint kafka models train clean
+.PHONY: help setup tools demo test faults lint kafka models train clean
 
 help:  ## Print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ tools:  ## Install what the tests need beside Python: Kafka's Java, PostgreSQL, 
 
 test: models tools  ## Set everything up and pass the whole test suite
 	$(BIN)/pytest
+
+faults: setup tools  ## The long versions of the fault injection and the fuzzing of the receiver (a quarter of an hour)
+	HERALD_FAULTS=long $(BIN)/pytest -s tests/test_receiver_faults.py tests/test_receiver_fuzz.py tests/test_receiver_input.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

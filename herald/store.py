@@ -6,6 +6,7 @@ place, and the folder is fsynced: a file in its place is whole whatever happened
 """
 
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 
 from herald.config import StoreConfig
 from herald.errors import DicomError, StoreError, StoreFullError
+
+log = logging.getLogger(__name__)
 
 INCOMING = "incoming"
 TEMPORARY_SUFFIX = ".partial"
@@ -297,16 +300,19 @@ class IncomingInstance:
         self._name = None
 
     def discard(self) -> None:
-        """Remove it, unless it was placed."""
-        self._close()
-        if self._name is not None:
-            Path(self._name).unlink(missing_ok=True)
-            self._name = None
+        """Remove it, unless it was placed; on a disk that refuses even that, the receiver's next start does."""
+        name, self._name = self._name, None
+        try:
+            self._close()
+            if name is not None:
+                Path(name).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot remove %s: %s; the receiver's next start does", name, error.strerror)
 
     def _close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _data_set_start(file: BinaryIO) -> int:

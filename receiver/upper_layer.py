@@ -278,7 +278,10 @@ class ReceivingAssociation(Association):
             log.exception("the association of %s ends because of an error that nobody foresaw", self.who)
             self._abort_pdu()
         finally:
-            self._end()
+            try:
+                self._end()
+            except Exception:  # whatever it was, the connection and its place must not be lost
+                log.exception("the association of %s ends with an error that nobody foresaw", self.who)
             with contextlib.suppress(OSError):
                 self._connection.close()
             cast(ReceivingServer, self._server).forget(self)

@@ -3,11 +3,8 @@
 import hashlib
 import logging
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -17,10 +14,7 @@ from typing import Any
 
 import pytest
 from pydicom import dcmread
-from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_dataset
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
@@ -40,6 +34,7 @@ from pynetdicom import evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import ModalityPerformedProcedureStep, StorageCommitmentPushModel
 from receiver_fakes import ListBus, Receiver, association, config_under, ct_series, ct_slice, receiving, send_all
+from receiver_faults import ReceiverProcess, data_set_bytes, dcmtk, encoded
 from sqlalchemy import func, select
 from test_receiver_announcement import change, create, performed, step
 from test_receiver_commitment import Reports, ask, request_for
@@ -59,24 +54,11 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")
 
 
-def data_set_bytes(path: Path) -> bytes:
-    """What follows the File Meta of a Part 10 file."""
-    raw = path.read_bytes()
-    return raw[132 + 12 + int.from_bytes(raw[140:144], "little") :]
-
-
 def rows_of(receiver: Receiver, table: Any) -> list[Any]:
     """The rows, once everything that was submitted so far is committed."""
     receiver.recorder.submit(lambda connection: None).result(10.0)
     with receiver.recorder.ledger.read() as connection:
         return list(connection.execute(select(table)).mappings())
-
-
-def encoded(ds: Dataset) -> bytes:
-    buffer = DicomBytesIO()
-    buffer.is_implicit_VR, buffer.is_little_endian = False, True
-    write_dataset(buffer, ds)
-    return buffer.getvalue()
 
 
 def store_raw(assoc: Any, data: bytes, sop_class: str, sop_instance: str) -> int:
@@ -377,54 +359,6 @@ def test_unfinished_files_are_removed_at_the_start(tmp_path: Path) -> None:
         assert len(list(receiver.store.all_instances())) == 1
 
 
-class ReceiverProcess:
-    """`herald run receiver` as a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.config = config_under(folder)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self._environment = {
-            **os.environ,
-            "HERALD_NODE__DATA_DIR": str(folder),
-            "HERALD_RECEIVER__HOST": "127.0.0.1",
-            "HERALD_RECEIVER__PORT": str(self.port),
-            "HERALD_RECEIVER__QUIET_S": "2",
-            "HERALD_RECEIVER__SETTLE_S": "0.2",
-            "HERALD_STORE__MIN_FREE_GB": "0",
-        }
-        self._environment.pop("HERALD_SUPERVISED", None)
-        self._output = folder / "receiver.txt"
-
-    def start(self) -> None:
-        with self._output.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "herald", "run", "receiver"],
-                env=self._environment,
-                stdout=output,
-                stderr=output,
-                cwd=Path(__file__).parents[1],
-            )
-        deadline = time.monotonic() + 30.0
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self._output.read_text()
-            with socket.socket() as probe:
-                probe.settimeout(1.0)
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.02)
-        pytest.fail(self._output.read_text())
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(20.0)
-
-    @property
-    def log(self) -> str:
-        return self._output.read_text()
-
-
 def test_what_was_acknowledged_survives_kill_9_in_mid_send_and_the_series_is_finished_later(tmp_path: Path) -> None:
     images = ct_series(60)
     receiver = ReceiverProcess(tmp_path)
@@ -481,16 +415,6 @@ def test_a_clean_stop_finishes_what_is_being_stored_and_leaves_open_series_to_th
 
 
 # --- real senders and real series ---
-
-
-def dcmtk(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        message = f"dcmtk's {program} is missing; `make tools` installs it"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return path
 
 
 def test_dcmtk_storescu_sends_a_series(tmp_path: Path) -> None:
