@@ -1,6 +1,7 @@
 """The import rule: services share `herald` and never one another; TensorFlow stays inside serving."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +82,16 @@ def test_no_module_has_a_name_that_says_nothing(word: str) -> None:
     assert [
         relative(p) for package in ("herald", *SERVICES) for p in sources(package) if word in p.stem.split("_")
     ] == []
+
+
+def test_every_promise_of_the_readme_names_a_test_that_exists() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", readme)
+    assert len(named) >= 17
+    for file, test in named:
+        functions = {
+            node.name
+            for node in ast.walk(ast.parse((ROOT / "tests" / file).read_text("utf-8")))
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert test in functions, f"README.md promises {file}::{test}"
