@@ -1,6 +1,7 @@
 """The whole node: from an association to the page and the row on the worklist, on each bus; and what goes wrong."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,50 @@ def test_the_link_in_the_page_acknowledges_without_a_log_in(tmp_path: Path, simu
             assert "Acknowledge" in stranger.get(link[0], timeout=10).text
             assert posted(stranger, link[0]).ok
         until(lambda: acknowledged(node), "the link stops the page")
+
+
+def test_a_late_slice_is_triaged_as_the_next_revision_and_pages_nobody_again(
+    tmp_path: Path, simulated: Path, sink: SmtpSink
+) -> None:
+    early, late = tmp_path / "early", tmp_path / "late"
+    for path in one_series(simulated, "positive").glob("*.dcm"):
+        last = dcmread(path, stop_before_pixels=True).InstanceNumber == 1
+        (late if last else early).mkdir(exist_ok=True)
+        shutil.copy(path, late if last else early)
+    with whole_node(tmp_path / "node", sink.port) as node, node.running():
+        first = node.send(early)
+        (uid,) = series_of(first)
+        assert node.wait_for_results([uid])[uid].disposition == "positive"
+        assert sink.wait_for(1, timeout_s=60)
+
+        second = node.send(late)
+        assert (len(second.stored), second.failed) == (1, ())
+        until(lambda: node.results()[uid].revision == 2, "the late slice makes revision 2")
+        result = node.results()[uid]
+        assert result.disposition == "positive"
+        assert result.event["instance_count"] == len(first.stored) + 1
+        until(lambda: "covered" in outcomes(node), "the notifier has seen revision 2")
+        with node.ledger.read() as connection:
+            of_page = select(deliveries.c.revision, deliveries.c.outcome).where(deliveries.c.page_id.is_not(None))
+            assert sorted((row.revision, row.outcome) for row in connection.execute(of_page)) == [
+                (1, "sent"),
+                (2, "covered"),
+            ]
+        assert [(page.revision, page.state) for page in node.pages()] == [(1, "sent")]
+        assert len(sink.messages) == 1, "the finding was paged already"
+
+        page = f"{node.config.webui.public_url}/series/{uid}"
+        add_user(node.ledger, "reader", "reader-password", "reader")
+        with requests.Session() as session:
+            assert posted(
+                session, f"{node.config.webui.public_url}/login", name="reader", password="reader-password"
+            ).ok
+            worklist = session.get(node.config.webui.public_url, timeout=10).text
+            assert f"/series/{uid}/2" in worklist
+            assert f"/series/{uid}/1" not in worklist, "superseded"
+            assert session.get(f"{page}/2", timeout=10).ok
+        assert [step.revision for step in trace(node.config, uid) if step.step == "closed"] == [1, 2]
+        assert reconcile(node.config).unaccounted == 0
 
 
 def test_in_shadow_mode_nothing_is_sent_but_it_is_recorded_what_would_have_been(
