@@ -13,8 +13,8 @@ from typing import Final
 
 MARGIN: Final = 3.0
 """A rest is the longest pause times 1 + MARGIN / sqrt(n), of n series with pauses: the fewer were seen, the more the
-longest understates. Of senders whose pauses have a long tail (log-normal, sigma 0.5) about one series of a thousand then
-closes too early, whatever n is, and of others fewer; see benchmarks/completion.py."""
+longest understates. Where pauses have a long tail (log-normal, sigma 0.5) about one series of a thousand then closes
+too early, elsewhere fewer; see benchmarks/completion.py."""
 REMEMBERED_SERIES: Final = 200
 """So many series of a sender are looked back on. A pause in one of n series is forgotten, and then costs a premature
 close, in less than 1 of 200 e = 540 series whatever n is; a pause that was a person's is forgotten in some days."""
