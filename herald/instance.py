@@ -4,6 +4,7 @@ Values are taken from their encoded bytes, so that a malformed value elsewhere i
 """
 
 import contextlib
+import os
 import re
 import struct
 import zlib
@@ -13,6 +14,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from pydicom.charset import convert_encodings, decode_bytes, python_encoding
+from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset, read_file_meta_info
 from pydicom.tag import BaseTag
 from pydicom.uid import (
@@ -23,9 +26,11 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     MRImageStorage,
 )
+from pydicom.valuerep import TEXT_VR_DELIMS
 
 from herald.errors import NotDicomError, StoreError
 
+_SPECIFIC_CHARACTER_SET = 0x00080005
 _IMAGE_TYPE = 0x00080008
 _SOP_CLASS_UID = 0x00080016
 _SOP_INSTANCE_UID = 0x00080018
@@ -54,7 +59,7 @@ _PIXEL_DATA_TAGS = range(_PIXEL_DATA, 0x7FE00011)
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _DEFLATED_HEADER_BYTES = 1 << 20  # so much of an inflated data set is looked at for its header
 _PREAMBLE_BYTES = 132
-_WANTED = frozenset(_TAGS)
+_READ = frozenset({*_TAGS, _SPECIFIC_CHARACTER_SET})
 _WALKED = frozenset({ImplicitVRLittleEndian}) | {
     syntax
     for syntax in AllTransferSyntaxes
@@ -68,6 +73,7 @@ _VRS = _LONG_VRS | frozenset(
     | {b"ST", b"TM", b"UI", b"UL", b"US"}
 )
 _Values = Mapping[int, bytes]
+_ESCAPE = b"\x1b"  # of ISO 2022: what follows is in another character set
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
 STACKED_SOP_CLASSES = frozenset({CTImageStorage, MRImageStorage})
@@ -105,9 +111,12 @@ class Head:
 
     header: InstanceHeader
     whole: bool
-    """An element after all that the header is made of was seen, so that more bytes would not change it."""
-    pixel_data_end: int | None
-    """Offset after the value of PixelData; None where there is none yet, or its length is undefined or deflated."""
+    """The pixel data were reached, so that more bytes would not change it."""
+    end: int | None
+    """Offset after the last element that was begun, which is PixelData in an image; None where its length is undefined,
+    or the data set is deflated or broken."""
+    fragments: int | None
+    """Offset of the first fragment of encapsulated pixel data."""
 
 
 def header_from_dataset(encoded: BinaryIO, transfer_syntax_uid: str) -> InstanceHeader:
@@ -129,14 +138,13 @@ def read_head(encoded: bytes | BinaryIO, transfer_syntax_uid: str) -> Head:
         encoded = BytesIO(encoded)
     try:
         if syntax == DeflatedExplicitVRLittleEndian:
-            inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(encoded.read(), _DEFLATED_HEADER_BYTES)
-            encoded = BytesIO(inflated)
+            return _head(_Found(_read_until(BytesIO(_inflated(encoded.read())), syntax, _PIXEL_DATA).values), syntax)
         start = encoded.tell()
         try:
             found = _read_until(encoded, syntax, _PIXEL_DATA)
         except Exception:  # see below
             encoded.seek(start)
-            found = _read_until(encoded, syntax, _LAST + 1)
+            found = _Found(_read_until(encoded, syntax, _LAST + 1).values)
         return _head(found, syntax)
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors: all mean the same
         raise NotDicomError(
@@ -148,37 +156,56 @@ def read_head(encoded: bytes | BinaryIO, transfer_syntax_uid: str) -> Head:
 class _Found(NamedTuple):
     values: dict[int, bytes]
     """Encoded values of the elements that the header is made of."""
-    last_tag: int
-    """The greatest tag that was seen."""
-    pixel_data_end: int | None
+    whole: bool = False
+    end: int | None = None
+    fragments: int | None = None
 
 
 def _head(found: _Found, syntax: UID) -> Head:
-    return Head(_header(found.values, str(syntax)), found.last_tag > _LAST, found.pixel_data_end)
+    return Head(_header(found.values, str(syntax)), found.whole, found.end, found.fragments)
+
+
+def _stopped(values: dict[int, bytes], tag: int, start: int, length: int) -> _Found:
+    """At the value of PixelData, or of what follows it."""
+    if length != _UNDEFINED_LENGTH:
+        return _Found(values, True, start + length)
+    return _Found(values, True, None, start if tag in _PIXEL_DATA_TAGS else None)
+
+
+def _inflated(deflated: bytes) -> bytes:
+    """The start of a deflated data set; raises ValueError when it is short and yet not whole."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = inflater.decompress(deflated, _DEFLATED_HEADER_BYTES)
+    if not inflater.eof and len(inflated) < _DEFLATED_HEADER_BYTES:
+        raise ValueError("the deflated stream is cut off")
+    return inflated
 
 
 def _read_until(encoded: BinaryIO, syntax: UID, first_unread: int) -> _Found:
-    """By pydicom."""
-    last_tag = stopped_at = 0
-    stopped_length = _UNDEFINED_LENGTH
+    """By pydicom; offsets count from where `encoded` stands."""
+    origin = encoded.tell()
+    stopped_at = length_there = value_at = 0
 
     def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal last_tag, stopped_at, stopped_length
-        last_tag = max(last_tag, int(tag))
+        nonlocal stopped_at, length_there, value_at
         if int(tag) < first_unread:
             return False
-        stopped_at, stopped_length = int(tag), length
+        stopped_at, length_there, value_at = int(tag), length, encoded.tell()
         return True
 
     ds = read_dataset(
         encoded, syntax.is_implicit_VR, syntax.is_little_endian, stop_when=stop, specific_tags=list(_TAGS)
     )
-    end = None
-    if stopped_at in _PIXEL_DATA_TAGS and stopped_length != _UNDEFINED_LENGTH and not syntax.is_deflated:
-        # read_dataset goes back to the start of the element; its tag, VR and length take 8 or 12 bytes (PS3.5 7.1)
-        end = encoded.tell() + (8 if syntax.is_implicit_VR else 12) + stopped_length
-    values = {tag: value for tag in _TAGS if tag in ds and isinstance(value := ds.get_item(tag).value, bytes)}
-    return _Found(values, last_tag, end)
+    values: dict[int, bytes] = {}
+    for tag in _READ:
+        element = ds.get_item(tag)
+        if isinstance(element, RawDataElement) and isinstance(element.value, bytes):
+            values[tag] = element.value
+            if len(element.value) < element.length:
+                raise EOFError(f"{element.tag} is cut off")
+    if not stopped_at:
+        return _Found(values, False, encoded.tell() - origin)  # beyond the last byte where the last value is cut off
+    return _stopped(values, stopped_at, value_at - origin, length_there)
 
 
 def _walk(encoded: bytes, explicit: bool) -> _Found:
@@ -190,22 +217,20 @@ def _walk(encoded: bytes, explicit: bool) -> _Found:
     if not explicit and encoded[4:6] in _VRS:
         raise ValueError("explicit VR where implicit VR was negotiated")
     values: dict[int, bytes] = {}
-    offset = last_tag = 0
+    offset = 0
     while offset < len(encoded):
         tag, start, length = _element(encoded, offset, explicit)
-        last_tag = max(last_tag, tag)
         if tag >= _PIXEL_DATA:
-            defined = tag in _PIXEL_DATA_TAGS and length != _UNDEFINED_LENGTH
-            return _Found(values, last_tag, start + length if defined else None)
+            return _stopped(values, tag, start, length)
         if length == _UNDEFINED_LENGTH:
             offset = _after_sequence(encoded, start, explicit)
             continue
         offset = start + length
-        if tag in _WANTED:
+        if tag in _READ:
             values[tag] = encoded[start:offset]
     if offset > len(encoded):
         raise ValueError("the last value is cut off")
-    return _Found(values, last_tag, None)
+    return _Found(values, False, offset)
 
 
 def _element(encoded: bytes, offset: int, explicit: bool) -> tuple[int, int, int]:
@@ -241,6 +266,20 @@ def _after_item(encoded: bytes, offset: int, explicit: bool) -> int:
         _, start, length = _element(encoded, offset, explicit)
         offset = _after_sequence(encoded, start, explicit) if length == _UNDEFINED_LENGTH else start + length
     return offset + 8
+
+
+def fragments_end(file: BinaryIO, start: int) -> int:
+    """Where encapsulated pixel data end whose first fragment is at `start` (PS3.5 A.4); beyond a file that is cut off.
+
+    What is no fragment is left to whoever decodes the pixels.
+    """
+    file.seek(start)
+    while len(item := file.read(8)) == 8:
+        tag, length = item[:4], int.from_bytes(item[4:], "little")
+        if tag != b"\xfe\xff\x00\xe0":
+            return file.tell()
+        file.seek(length, os.SEEK_CUR)
+    return file.tell() - len(item) + 8
 
 
 def read_header(path: Path) -> InstanceHeader:
@@ -287,11 +326,19 @@ def _header(values: _Values, transfer_syntax_uid: str) -> InstanceHeader:
 
 def _text(values: _Values, tag: int, longest: int) -> str:
     encoded = values.get(tag, b"").strip(b" \0")
-    try:
-        text = encoded.decode("utf-8")
-    except UnicodeDecodeError:
-        text = encoded.decode("latin-1")
+    text = encoded.decode("ascii") if encoded.isascii() and _ESCAPE not in encoded else _decoded(values, encoded)
     return _UNPRINTABLE.sub("", text)[:longest]
+
+
+def _decoded(values: _Values, encoded: bytes) -> str:
+    """By SpecificCharacterSet (PS3.3 C.12.1.1.2); where it says nothing or is wrong, by what the bytes look like."""
+    declared = values.get(_SPECIFIC_CHARACTER_SET, b"").decode("latin-1").rstrip("\0")
+    terms = [term.strip() for term in declared.split("\\")]
+    if any(terms) and all(term in python_encoding for term in terms):
+        return decode_bytes(encoded, convert_encodings(terms), TEXT_VR_DELIMS)
+    with contextlib.suppress(UnicodeDecodeError):
+        return encoded.decode("utf-8")
+    return encoded.decode("latin-1")
 
 
 def _plane(values: _Values) -> Plane | None:

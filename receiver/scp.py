@@ -25,7 +25,7 @@ from pynetdicom import (
 from herald.config import ReceiverConfig
 from herald.errors import ConfigError, DicomError, NotDicomError, StoreError, StoreFullError
 from herald.events import utc_now
-from herald.instance import Head, InstanceHeader, read_head
+from herald.instance import Head, InstanceHeader, fragments_end, read_head
 from herald.store import IncomingInstance, StudyStore
 from receiver import announcement, commitment
 from receiver.access import AllowedSenders, tls_context
@@ -113,6 +113,8 @@ class StorageServer:
         """Listen; returns at once."""
         self._commitments.start()
         _config.LOG_HANDLER_LEVEL = "none"  # pynetdicom would format every message for its log
+        for name in ("pynetdicom.utils", "pynetdicom.dimse"):  # what a peer sent wrongly is logged here, in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._listen("receiver.port", self._config.port, None)
         if self._config.tls_port:
             self._listen("receiver.tls_port", self._config.tls_port, tls_context(self._config))
@@ -246,8 +248,6 @@ class Reception:
             return
         if len(self._head) < HEAD_BYTES:
             self._head += fragment[: HEAD_BYTES - len(self._head)]
-            if len(self._head) == HEAD_BYTES:
-                self._read_head()  # while the rest is on its way
         try:
             self._incoming.write(fragment)
         except OSError as error:
@@ -282,9 +282,10 @@ class Reception:
         self._server.finished()
 
     def _take_in(self) -> None:
+        assert self._incoming is not None
+        self._incoming.start_writing()  # the disk works while the header is read
         header = self._identified()
         uids = header.study_instance_uid, header.series_instance_uid, header.sop_instance_uid
-        assert self._incoming is not None
         association = self._association
         try:
             with self._server.store.place(self._incoming, *uids) as stored:
@@ -334,7 +335,7 @@ class Reception:
         return header
 
     def _read_header(self) -> InstanceHeader:
-        """From memory where it fits, else from the file; raises NotDicomError, also when the pixels are cut short."""
+        """From memory where it fits, else from the file; raises NotDicomError, also when the data set is cut off."""
         assert self._incoming is not None
         size = self._incoming.size_bytes - self._meta_bytes
         if self._read is None:
@@ -344,11 +345,12 @@ class Reception:
             with self._incoming.open() as file:
                 file.seek(self._meta_bytes)
                 head = read_head(file, self._transfer_syntax)
-                if head.pixel_data_end is not None:
-                    size += self._meta_bytes
-        if head.pixel_data_end is not None and head.pixel_data_end > size:
-            missing = head.pixel_data_end - size
-            raise NotDicomError(f"the data set ends {missing} bytes before its pixel data do; send the instance again")
+        end = head.end
+        if head.fragments is not None:
+            with self._incoming.open() as file:
+                end = fragments_end(file, self._meta_bytes + head.fragments) - self._meta_bytes
+        if end is not None and end > size:
+            raise NotDicomError(f"the data set is cut off, {end - size} bytes or more are missing; send it again")
         return head.header
 
     def _read_head(self) -> None:

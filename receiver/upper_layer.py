@@ -21,10 +21,18 @@ from pynetdicom import evt
 from pynetdicom.ae import ApplicationEntity
 from pynetdicom.association import Association
 from pynetdicom.dimse import DIMSEServiceProvider
+from pynetdicom.dimse_primitives import C_ECHO, N_ACTION, N_CREATE, N_SET
 from pynetdicom.dul import DULServiceProvider
 from pynetdicom.fsm import InvalidEventError
 from pynetdicom.pdu_primitives import A_ASSOCIATE, P_DATA
 from pynetdicom.presentation import PresentationContext
+from pynetdicom.service_class import ServiceClass, VerificationServiceClass
+from pynetdicom.service_class_n import (
+    InstanceAvailabilityNotificationServiceClass,
+    ProcedureStepServiceClass,
+    StorageCommitmentServiceClass,
+)
+from pynetdicom.sop_class import uid_to_service_class
 from pynetdicom.transport import AddressInformation, AssociationServer, AssociationSocket
 
 from receiver.command import C_STORE_RQ, StoreRequest, command_elements, command_field, store_request, store_response
@@ -42,6 +50,14 @@ _DATA_TRANSFER = "Sta6"
 _CLOSED = "Sta1"
 _INVALID_PDU = "Evt19"
 _CONNECTION_CLOSED = "Evt17"
+
+_OPERATIONS: dict[type[ServiceClass], tuple[type, ...]] = {
+    VerificationServiceClass: (C_ECHO,),
+    StorageCommitmentServiceClass: (N_ACTION,),
+    ProcedureStepServiceClass: (N_CREATE, N_SET),
+    InstanceAvailabilityNotificationServiceClass: (N_CREATE,),
+}
+"""What is served beside C-STORE."""
 
 MOST_COMMAND_BYTES = 1 << 16
 MOST_SERVICE_BYTES = 1 << 24
@@ -330,9 +346,22 @@ class ReceivingAssociation(Association):
             context_id, message = self.dimse.get_msg()
             if message is None or context_id is None:
                 return
+            if message.is_valid_request:
+                self._require_served(message, context_id)
             self._serve_request(message, context_id)
             while self._after:
                 self._after.pop(0)()
+
+    def _require_served(self, message: Any, context_id: int) -> None:
+        """Pynetdicom goes by the message's SOP class, and fails within when that is not what was negotiated."""
+        abstract_syntax = self._accepted_cx[context_id].abstract_syntax
+        sop_class = getattr(message, "AffectedSOPClassUID", None) or getattr(message, "RequestedSOPClassUID", None)
+        operations = _OPERATIONS.get(uid_to_service_class(str(abstract_syntax)), ())
+        if sop_class != abstract_syntax or not isinstance(message, operations):
+            raise ProtocolError(
+                f"{type(message).__name__.replace('_', '-')} of SOP class {printable(sop_class)} "
+                f"came in a presentation context of {abstract_syntax}"
+            )
 
     def afterwards(self, action: Callable[[], None]) -> None:
         """From within a handler: do this once the response has gone out, in this thread."""

@@ -60,13 +60,13 @@ def test_sequences_are_stepped_over_however_they_are_written(syntax: UID, undefi
     assert (head.header.study_instance_uid, head.header.series_instance_uid) == ("1.2.3", "1.2.3.4")
     assert head.header.plane is not None
     assert head.header.plane.position == (-100.0, -120.0, 7.5)
-    assert (head.whole, head.pixel_data_end) == (True, len(data))
+    assert (head.whole, head.end) == (True, len(data))
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES)
 def test_the_end_of_the_pixel_data_is_known_before_they_came(syntax: UID) -> None:
     data = encoded(ct_slice("1.2.3", "1.2.3.4", 7.5), syntax)
-    assert read_head(data[:-100], syntax).pixel_data_end == len(data)
+    assert read_head(data[:-100], syntax).end == len(data)
 
 
 def test_a_header_that_is_cut_short_is_not_whole() -> None:
@@ -95,7 +95,7 @@ def test_damaged_bytes_never_give_another_instance_than_pydicom_reads(data: st.D
     walked, read = outcome(bytes(raw), syntax), outcome(BytesIO(bytes(raw)), syntax)
     if isinstance(walked, Head) and isinstance(read, Head):
         assert walked.header == read.header
-        assert walked.pixel_data_end == read.pixel_data_end or None in (walked.pixel_data_end, read.pixel_data_end)
+        assert walked.end == read.end or None in (walked.end, read.end)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")

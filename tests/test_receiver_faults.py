@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 from receiver_fakes import config_under, ct_series, ct_slice, receiving
 from receiver_faults import (
     ABORT,
@@ -603,7 +604,7 @@ def test_a_series_of_two_thousand_slices_stays_under_200_megabytes(tmp_path: Pat
             sender.associate()
             for i in range(2000):
                 image = images[i % 200]
-                image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.{i}"
+                image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.3.4.{i}")
                 image.ImagePositionPatient = [-100.0, -120.0, i * 0.5]
                 assert sender.store(image) == 0
                 if i % 20 == 0:
