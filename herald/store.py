@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,14 +39,18 @@ _UID = re.compile(r"[0-9][0-9.]{0,63}")  # PS3.5 9.1, with leading zeros tolerat
 
 @dataclass(frozen=True)
 class StoredInstance:
-    """Where one instance lies, the SHA-256 of the whole file, and whether this write made the file."""
+    """Where one instance lies, and whether this write made the file."""
 
     path: Path
-    sha256: str
     size_bytes: int
     new: bool
     conflict: bool
     """The same SOP Instance UID was stored before with other bytes; both are kept."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file; taken when it is first asked for, so that no sender waits for it."""
+        return file_sha256(self.path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,15 +154,14 @@ class StudyStore:
             others = first.parent.glob(f"{sop_instance_uid}.{'[0-9a-f]' * _TAG_LENGTH}{INSTANCE_SUFFIX}")
             for path in [first, *sorted(others)]:
                 if incoming.repeats(path):
-                    size = path.stat().st_size
-                    return StoredInstance(path, file_sha256(path), size, new=False, conflict=path != first)
-            name = f"{folder}/{sop_instance_uid}.{incoming.sha256[:_TAG_LENGTH]}{INSTANCE_SUFFIX}"
+                    return StoredInstance(path, path.stat().st_size, new=False, conflict=path != first)
+            name = f"{folder}/{sop_instance_uid}.{incoming.sha256()[:_TAG_LENGTH]}{INSTANCE_SUFFIX}"
         try:
             incoming.become(name)
         except FileNotFoundError:  # the first of its series
             self._make_folder(Path(folder))
             incoming.become(name)
-        return StoredInstance(Path(name), incoming.sha256, incoming.size_bytes, new=True, conflict=conflict)
+        return StoredInstance(Path(name), incoming.size_bytes, new=True, conflict=conflict)
 
     def in_flight(self, study_instance_uid: str) -> bool:
         """Whether an instance of this study is being placed; ask with `placing` held."""
@@ -251,26 +255,28 @@ def _require_uids(*uids: str) -> None:
 
 
 class IncomingInstance:
-    """A file in the making: written and hashed while its bytes come, then placed or discarded."""
+    """A file in the making: written while its bytes come, then placed or discarded."""
 
     def __init__(self, folder: Path) -> None:
         self._name: str | None = f"{folder}/{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         self._descriptor = os.open(self._name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o640)
         self.size_bytes = 0
-        self._digest = hashlib.sha256()
 
     def write(self, part: bytes | memoryview) -> None:
         """Append; raises OSError when the disk refuses."""
         view = memoryview(part)
-        self._digest.update(view)
         self.size_bytes += view.nbytes
         while view.nbytes:
             view = view[os.write(self._descriptor, view) :]
 
-    @property
     def sha256(self) -> str:
         """Of everything that was written."""
-        return self._digest.hexdigest()
+        assert self._name is not None, "it has been placed or discarded"
+        return file_sha256(Path(self._name))
+
+    def start_writing(self) -> None:
+        """Have the kernel write out what it has, while the caller goes on; `flush` then waits for less."""
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
         """Bring the content to the disk and close the file; raises OSError."""
@@ -325,7 +331,7 @@ def _data_set_start(file: BinaryIO) -> int:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a whole file."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

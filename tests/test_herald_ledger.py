@@ -36,7 +36,8 @@ NOON = datetime(2026, 3, 29, 12, 0, 0, 123456, tzinfo=UTC)
 
 def arrival(uid: str = "1.1", new: bool = True, at: datetime = NOON, sha256: str = "ab" * 32) -> Arrival:
     header = InstanceHeader("1.2", uid, *KEY, "1.2.840.10008.1.2.1", "A-1", "CT", "CT-EAST", True, None)
-    stored = StoredInstance(Path(f"/store/{uid}.dcm"), sha256, 1000, new=new, conflict=False)
+    stored = StoredInstance(Path(f"/store/{uid}.dcm"), 1000, new=new, conflict=False)
+    stored.__dict__["sha256"] = sha256  # there is no file to take it of
     return Arrival(header, stored, f"1.2.3/1.2.3.4/{uid}.dcm", "CT1", "10.0.0.1", at)
 
 
