@@ -112,7 +112,7 @@ def _instance_row(arrival: Arrival) -> dict[str, Any]:
         "study_instance_uid": header.study_instance_uid,
         "sop_class_uid": header.sop_class_uid,
         "transfer_syntax_uid": header.transfer_syntax_uid,
-        "sha256": stored.sha256,
+        "sha256": _digest(arrival),
         "size_bytes": stored.size_bytes,
         "conflict": stored.conflict,
         "calling_ae_title": arrival.calling_ae_title,
@@ -120,6 +120,15 @@ def _instance_row(arrival: Arrival) -> dict[str, Any]:
         "received_at": arrival.received_at,
         "removed_at": None,
     }
+
+
+def _digest(arrival: Arrival) -> str:
+    """Of the file; empty when it is gone already, so that `herald reconcile` names it."""
+    try:
+        return arrival.stored.sha256
+    except OSError as error:
+        log.error("%s cannot be read: %s; was it removed by hand? Send it again", arrival.path, error.strerror)
+        return ""
 
 
 def record_rejection(connection: Connection, rejection: Rejection) -> None:

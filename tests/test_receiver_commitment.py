@@ -209,16 +209,13 @@ def test_what_is_not_intact_on_disk_and_in_the_ledger_fails_with_its_reason(
     reports = Reports()
     good, altered, cut, gone, retired, other_class = (ct() for _ in range(6))
     with node(config_under(tmp_path)) as running, running.listening() as port, sender(port, reports) as assoc:
-        running.keep(good)
-        running.keep(other_class)
-        path = running.keep(altered)
-        content = bytearray(path.read_bytes())
+        paths = [running.keep(ds) for ds in (good, other_class, retired, altered, cut, gone)]
+        running.rows()  # what is damaged is damaged after its row was made
+        content = bytearray(paths[3].read_bytes())
         content[-1] ^= 1
-        path.write_bytes(content)
-        path = running.keep(cut)
-        path.write_bytes(path.read_bytes()[:-1])
-        running.keep(gone).unlink()
-        running.keep(retired)
+        paths[3].write_bytes(content)
+        paths[4].write_bytes(paths[4].read_bytes()[:-1])
+        paths[5].unlink()
         removal = update(instances).where(instances.c.sop_instance_uid == retired.SOPInstanceUID)
         running.recorder.submit(lambda connection: connection.execute(removal.values(removed_at=utc_now())))
         never = generate_uid()
