@@ -74,7 +74,7 @@ _VRS = _LONG_VRS | frozenset(
 )
 _Values = Mapping[int, bytes]
 _ESCAPE = b"\x1b"  # of ISO 2022: what follows is in another character set
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
+_UNPRINTABLE = re.compile(r"\x1b[\x20-\x2f]+[\x30-\x7e]|[\x00-\x1f\x7f]")  # escape sequences whole (ISO 2022)
 
 STACKED_SOP_CLASSES = frozenset({CTImageStorage, MRImageStorage})
 """SOP classes with one plane per instance, whose series is complete only as a stack of planes."""

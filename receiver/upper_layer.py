@@ -204,7 +204,10 @@ class _Stepped(DULServiceProvider):
             ) from error
         self._recv_pdu.put(decoded)
         self.event_queue.put(event)
-        self.step()
+        try:
+            self.step()
+        except (ValueError, TypeError) as error:  # what was decoded has a value that it must not have
+            raise ProtocolError(f"a PDU of type {pdu[0]} is invalid ({error})") from error
 
     @property
     def state(self) -> str:
@@ -316,6 +319,10 @@ class ReceivingAssociation(Association):
         request = self.dul.receive_pdu(wait=True)
         if not isinstance(request, A_ASSOCIATE):
             return False
+        if request.maximum_length_received is None:
+            request.maximum_length_received = 0  # it must be there (PS3.8 D.1); without it there is no limit
+        elif 0 < request.maximum_length_received <= _PDV_HEADER.size:
+            raise ProtocolError(f"it takes PDUs of {request.maximum_length_received} bytes, which hold nothing")
         self.requestor.primitive = request
         self.requestor.ae_title = request.calling_ae_title
         self.calling_ae_title = printable(request.calling_ae_title, 16).strip()
