@@ -522,11 +522,11 @@ def test_a_deep_nest_of_sequences_is_refused_in_no_time() -> None:
     assert head_or_none(nest, ExplicitVRLittleEndian) is None
 
 
-def test_a_small_deflated_data_set_that_inflates_to_gigabytes_is_not_inflated() -> None:
+def test_a_small_deflated_data_set_that_inflates_to_a_large_one_is_not_inflated() -> None:
     import zlib
 
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    bomb = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(256)) + deflater.flush()
+    bomb = b"".join(deflater.compress(bytes(1 << 20)) for _ in range(64)) + deflater.flush()
     started = time.monotonic()
     head_or_none(bomb, DeflatedExplicitVRLittleEndian)
     assert time.monotonic() - started < 2.0
