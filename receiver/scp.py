@@ -65,8 +65,14 @@ VERIFICATION = "1.2.840.10008.1.1"
 HEAD_BYTES = 1 << 16
 """So much of a data set is kept in memory for its header; a longer header is read from the file."""
 
+_SILENCED = ("pynetdicom.utils", "pynetdicom.dimse", "pynetdicom.fsm", "pynetdicom.pdu_primitives")
+"""Loggers of tracebacks for what a peer sent wrongly; such errors reach us, and are one line in our log."""
+
 POLL_S = 0.1
 """How often the listening thread looks whether it is to stop."""
+
+MOST_PIECES = 256
+"""Fragments that are written at once; below the system's IOV_MAX."""
 
 _PREAMBLE = b"\0" * 128 + b"DICM"  # PS3.10 7.1
 
@@ -113,7 +119,7 @@ class StorageServer:
         """Listen; returns at once."""
         self._commitments.start()
         _config.LOG_HANDLER_LEVEL = "none"  # pynetdicom would format every message for its log
-        for name in ("pynetdicom.utils", "pynetdicom.dimse"):  # what a peer sent wrongly is logged here, in one line
+        for name in _SILENCED:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._listen("receiver.port", self._config.port, None)
         if self._config.tls_port:
@@ -222,6 +228,7 @@ class Reception:
         self._transfer_syntax = transfer_syntax
         self._incoming: IncomingInstance | None = None
         self._head = bytearray()
+        self._pieces: list[memoryview] = []
         self._read: Head | None = None
         self._meta_bytes = 0
         self._refused: _Refused | None = None
@@ -234,7 +241,7 @@ class Reception:
             meta = _PREAMBLE + file_meta(request, transfer_syntax, association.calling_ae_title)
             self._meta_bytes = len(meta)
             self._incoming = server.store.receive()
-            self._incoming.write(meta)
+            self._pieces.append(memoryview(meta))
         except (StoreError, OSError) as error:
             if isinstance(error, StoreFullError):
                 server.short_of_space()
@@ -248,8 +255,17 @@ class Reception:
             return
         if len(self._head) < HEAD_BYTES:
             self._head += fragment[: HEAD_BYTES - len(self._head)]
+        self._pieces.append(fragment)
+        if len(self._pieces) >= MOST_PIECES:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Write out the fragments so far."""
+        pieces, self._pieces = self._pieces, []
+        if self._incoming is None or self._refused is not None or not pieces:
+            return
         try:
-            self._incoming.write(fragment)
+            self._incoming.write(*pieces)
         except OSError as error:
             self._refused = _out_of_resources(error)
 
@@ -257,6 +273,7 @@ class Reception:
         """Make the instance durable and tell the ledger and the assembler; status and error comment."""
         try:
             try:
+                self.let_go()
                 if self._refused is not None:
                     raise self._refused
                 self._take_in()

@@ -231,7 +231,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
     if done.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here ({done.stderr.strip()}); RLIMIT_FSIZE stands in, see above")
     try:
-        yield lambda size: print(mount(f"remount,size={size}m"))
+        yield lambda size: mount(f"remount,size={size}m").check_returncode()
     finally:
         subprocess.run([*rights, "umount", "-l", str(folder)], check=True)
 
