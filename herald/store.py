@@ -7,12 +7,14 @@ place, and the folder is fsynced: a file in its place is whole whatever happened
 
 import hashlib
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 
 INCOMING = "incoming"
 TEMPORARY_SUFFIX = ".partial"
+LOOK_EVERY_S = 0.5
+"""How often the disk is asked for its free space; what is written in between is far below any watermark."""
 INSTANCE_SUFFIX = ".dcm"
 _BLOCK_BYTES = 1 << 20
 _TAG_LENGTH = 16  # hexadecimal digits that tell instances of one UID apart
@@ -84,14 +88,18 @@ class StudyStore:
         self.placing = threading.RLock()
         """Held while a file changes its place, so that nobody removes the folder of a study to which one is added."""
         self._in_flight: dict[str, int] = defaultdict(int)
+        self._looked_at, self._free_bytes = -math.inf, 0
         try:
             self._incoming.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"cannot create the store {self.root}: {error.strerror}; check store.root") from error
 
     def require_space(self) -> None:
-        """Raise StoreFullError when less disk is free than `store.min_free_gb`."""
-        free = self.free_bytes()
+        """Raise StoreFullError when less disk is free than `store.min_free_gb`, as of half a second ago."""
+        now = time.monotonic()
+        if now > self._looked_at + LOOK_EVERY_S:
+            self._looked_at, self._free_bytes = now, self.free_bytes()
+        free = self._free_bytes
         if free < self._min_free_bytes:
             raise StoreFullError(
                 f"{free / 1e9:.1f} GB free under {self.root}, the watermark is {self._min_free_bytes / 1e9:.1f} GB; "
@@ -262,12 +270,15 @@ class IncomingInstance:
         self._descriptor = os.open(self._name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o640)
         self.size_bytes = 0
 
-    def write(self, part: bytes | memoryview) -> None:
-        """Append; raises OSError when the disk refuses."""
-        view = memoryview(part)
-        self.size_bytes += view.nbytes
-        while view.nbytes:
-            view = view[os.write(self._descriptor, view) :]
+    def write(self, *parts: bytes | memoryview) -> None:
+        """Append at most IOV_MAX parts; raises OSError when the disk refuses."""
+        size = sum(map(len, parts))
+        written = os.writev(self._descriptor, parts)
+        self.size_bytes += size
+        if written < size:  # the disk is about to refuse, which another attempt will say
+            rest = memoryview(b"".join(parts))[written:]
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
 
     def sha256(self) -> str:
         """Of everything that was written."""

@@ -7,7 +7,6 @@ commit, and while the ledger is down the queue keeps order and nobody is blocked
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -331,15 +330,16 @@ class Recorder:
         self._disconnect()
 
     def _next(self) -> tuple[list[_Pending | Arrival], bool]:
+        """What waits, once something does; arrivals are given a moment to gather. True when it is the last."""
         batch: list[_Pending | Arrival] = []
-        gather_until = 0.0
         while len(batch) < self.MOST_AT_ONCE:
             try:
                 if batch:
-                    wait_s = max(0.0, gather_until - time.monotonic())
-                    item = self._pending.get(timeout=wait_s) if wait_s else self._pending.get_nowait()
+                    item = self._pending.get_nowait()
                 else:
                     item = self._pending.get(timeout=self.KEEP_CONNECTED_S if self._connection is not None else None)
+                    if isinstance(item, Arrival):
+                        self._stop.wait(self.GATHER_S)
             except queue.Empty:
                 if batch:
                     break
@@ -347,10 +347,6 @@ class Recorder:
                 continue
             if item is None:
                 return batch, True
-            if isinstance(item, _Pending):
-                gather_until = 0.0  # somebody waits for it
-            elif not batch:
-                gather_until = time.monotonic() + self.GATHER_S
             batch.append(item)
         return batch, False
 

@@ -66,7 +66,8 @@ MOST_CONTROL_BYTES = 1 << 20
 """Largest PDU that is not P-DATA: an A-ASSOCIATE-RQ with every presentation context there is needs a tenth of it."""
 LINGER_S = 5.0
 """How long the sender may take to close its connection after a release or an abort."""
-_BUFFER_BYTES = 1 << 18
+_BUFFER_BYTES = 1 << 20  # an image of usual size fits, so that it is written at once
+_LEAST_ROOM = 1 << 16  # less than this is not read into
 
 
 class ProtocolError(Exception):
@@ -81,7 +82,10 @@ class Incoming(Protocol):
     """One C-STORE in progress."""
 
     def write(self, fragment: memoryview) -> None:
-        """Take a fragment of the data set; the memory is reused afterwards."""
+        """Take a fragment of the data set; its memory stays as it is until `let_go` or `finish`."""
+
+    def let_go(self) -> None:
+        """Be done with the memory of the fragments so far."""
 
     def finish(self) -> tuple[int, str]:
         """The data set is complete: status and error comment of the response."""
@@ -109,15 +113,20 @@ class Service(Protocol):
 class PduReader:
     """Bytes of a connection through one buffer; raises EOFError at its end and Stalled when it is silent for too long.
 
-    `receive` fills a memoryview and returns the number of bytes, 0 at the end, or raises TimeoutError.
+    `receive` fills a memoryview and returns the number of bytes, 0 at the end, or raises TimeoutError. `reuse` is
+    called before memory that `some` has lent is written to again.
     """
 
-    def __init__(self, receive: Callable[[memoryview], int], timeout_s: float) -> None:
+    def __init__(
+        self, receive: Callable[[memoryview], int], timeout_s: float, reuse: Callable[[], None] = lambda: None
+    ) -> None:
         self._receive = receive
         self._timeout_s = timeout_s
+        self._reuse = reuse
         self._deadline: float | None = None
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._start = self._end = 0
+        self._lent = False
 
     def begin(self) -> None:
         """A PDU is waited for: silence alone counts."""
@@ -129,34 +138,43 @@ class PduReader:
 
     def take(self, count: int) -> bytes:
         """Exactly `count` bytes."""
+        if count > _LEAST_ROOM:
+            return self._take_long(count)
         while self._end - self._start < count:
-            if self._start + count > len(self._buffer):
-                if count > len(self._buffer):
-                    return self._take_long(count)
-                rest = bytes(self._buffer[self._start : self._end])
-                self._buffer[: len(rest)] = rest
-                self._start, self._end = 0, len(rest)
             self._fill()
         self._start += count
         return bytes(self._buffer[self._start - count : self._start])
 
     def some(self, most: int) -> memoryview:
-        """From 1 to `most` bytes, whatever is there; valid until the next call."""
+        """From 1 to `most` bytes, whatever is there, lent until `give_back` or until `reuse` is called."""
         if self._start == self._end:
             self._fill()
         count = min(most, self._end - self._start)
         self._start += count
+        self._lent = True
         return self._buffer[self._start - count : self._start]
+
+    def give_back(self) -> None:
+        """Nobody needs any more what `some` has lent."""
+        self._lent = False
 
     def _take_long(self, count: int) -> bytes:
         parts = bytearray()
         while len(parts) < count:
             parts += self.some(count - len(parts))
+        self._lent = False
         return bytes(parts)
 
     def _fill(self) -> None:
-        if self._start == self._end:
+        if self._start == self._end and not self._lent:
             self._start = self._end = 0
+        if len(self._buffer) - self._end < _LEAST_ROOM:
+            if self._lent:
+                self._reuse()
+                self._lent = False
+            rest = bytes(self._buffer[self._start : self._end])
+            self._buffer[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise Stalled(f"one PDU took longer than {self._timeout_s:g} s")
         try:
@@ -250,7 +268,7 @@ class ReceivingAssociation(Association):
             self.bind(event, handlers)
         self._longest = server.ae.maximum_pdu_size
         self._timeout_s = float(server.ae.network_timeout or 60.0)
-        self._reader = PduReader(self._receive_into, self._timeout_s)
+        self._reader = PduReader(self._receive_into, self._timeout_s, self._let_go)
         self._command = bytearray()
         self._request: StoreRequest | None = None
         self._incoming: Incoming | None = None
@@ -313,6 +331,11 @@ class ReceivingAssociation(Association):
         context = cast(ReceivingServer, self._server).ssl_context
         if context is not None:
             self._connection = context.wrap_socket(connection, server_side=True)
+        else:  # let the kernel keep the time: Python would poll before every call
+            connection.settimeout(None)
+            limit = struct.pack("@ll", int(self._timeout_s), int(self._timeout_s % 1 * 1e6))
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                connection.setsockopt(socket.SOL_SOCKET, option, limit)
         self.set_socket(AssociationSocket(self, client_socket=self._connection))
 
     def _negotiate(self) -> bool:
@@ -414,7 +437,14 @@ class ReceivingAssociation(Association):
     # --- PDUs ---
 
     def _receive_into(self, view: memoryview) -> int:
-        return self._connection.recv_into(view)
+        try:
+            return self._connection.recv_into(view)
+        except BlockingIOError as error:  # how SO_RCVTIMEO says that the time is up
+            raise TimeoutError from error
+
+    def _let_go(self) -> None:
+        if self._incoming is not None:
+            self._incoming.let_go()
 
     def receive(self) -> bool:
         """Take in one PDU; false when the state machine has closed the association."""
@@ -514,6 +544,7 @@ class ReceivingAssociation(Association):
             return
         status, error_comment = incoming.finish()
         self._incoming = None
+        self._reader.give_back()
         response = store_response(request, status, error_comment)
         value = _PDV_HEADER.pack(len(response) + 2, request.context_id, _COMMAND | _LAST) + response
         self._connection.sendall(_PDU_HEADER.pack(_P_DATA_TF, len(value)) + value)
