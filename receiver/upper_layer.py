@@ -158,6 +158,10 @@ class PduReader:
         """Nobody needs any more what `some` has lent."""
         self._lent = False
 
+    def close(self) -> None:
+        """Let go of the buffer: an association, which refers to itself, waits for the garbage collector."""
+        self._buffer = memoryview(b"")
+
     def _take_long(self, count: int) -> bytes:
         parts = bytearray()
         while len(parts) < count:
@@ -321,6 +325,7 @@ class ReceivingAssociation(Association):
                 log.exception("the association of %s ends with an error that nobody foresaw", self.who)
             with contextlib.suppress(OSError):
                 self._connection.close()
+            self._reader.close()
             cast(ReceivingServer, self._server).forget(self)
 
     def _prepare(self) -> None:
