@@ -400,27 +400,39 @@ def test_changed_data_sets_are_stored_as_they_came_or_refused(
     data=st.binary(max_size=3000),
     receives=st.lists(st.integers(1, 1000), min_size=1),
     takes=st.lists(st.tuples(st.booleans(), st.integers(0, 900)), max_size=30),
-    buffer=st.sampled_from([64, 512, 1 << 18]),
+    buffer=st.sampled_from([128, 512, 1 << 18]),
 )
-def test_bytes_come_out_of_the_reader_in_order_whatever_the_pieces(
+def test_bytes_come_out_of_the_reader_in_order_and_stay_while_they_are_lent(
     data: bytes, receives: list[int], takes: list[tuple[bool, int]], buffer: int
 ) -> None:
+    lent: list[tuple[memoryview, bytes]] = []
+
+    def reuse() -> None:
+        assert all(view == copy for view, copy in lent)
+        lent.clear()
+
     source, sizes = BytesIO(data), iter(receives * 3000)
-    reader = PduReader(lambda view: source.readinto(view[: next(sizes)]), 10.0)
-    reader._buffer = memoryview(bytearray(buffer))
-    out = b""
-    try:
-        for whole, count in takes:
-            if whole:
-                taken = reader.take(count)
-                assert len(taken) == count
-            else:
-                taken = bytes(reader.some(count + 1))
-                assert 1 <= len(taken) <= count + 1
-            out += taken
-            assert data.startswith(out)
-    except EOFError:
-        assert sum(count for _, count in takes) + len(takes) > len(data) - len(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(receiver.upper_layer, "_BUFFER_BYTES", buffer)
+        patch.setattr(receiver.upper_layer, "_LEAST_ROOM", 64)
+        reader = PduReader(lambda view: source.readinto(view[: next(sizes)]), 10.0, reuse)
+        out = b""
+        try:
+            for whole, count in takes:
+                if whole:
+                    taken = reader.take(count)
+                    assert len(taken) == count
+                else:
+                    view = reader.some(count + 1)
+                    taken = bytes(view)
+                    lent.append((view, taken))
+                    assert 1 <= len(taken) <= count + 1
+                out += taken
+                assert data.startswith(out)
+        except EOFError:
+            assert source.tell() == len(data)
+            assert len(data) - len(out) < max(count + 1 for _, count in takes)
+        reuse()
 
 
 def test_a_trickle_within_a_pdu_is_a_stall() -> None:
