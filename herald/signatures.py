@@ -58,9 +58,9 @@ PROTOCOL = Signature(
 
 HEMORRHAGE = Signature(
     model="hemorrhage",
-    inputs={"volume": TensorSpec("int16", (None, None, None))},
+    inputs={"volume": TensorSpec("int16", (None, IN_PLANE, IN_PLANE))},
     outputs={
-        "mask": TensorSpec("uint8", (None, None, None, len(FINDINGS))),
+        "mask": TensorSpec("uint8", (None, IN_PLANE, IN_PLANE, len(FINDINGS))),
         "slice_probability": TensorSpec("float32", (None, len(FINDINGS))),
         "probability": TensorSpec("float32", (len(FINDINGS),)),
     },

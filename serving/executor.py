@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "saved_model.pb"
 SERVE_TAG = "serve"
-WARM_UP_SLICES = 8
+WARM_UP_SLICES = 32
 
 Precision = Literal["auto", "f32", "bf16"]
 
@@ -121,9 +121,8 @@ def blank_inputs(signature: Any) -> dict[str, Array] | None:
         data_type = BY_NUMBER.get(info.dtype)
         if shape is None or data_type is None or data_type.word == "string":
             return None
-        free = shape.count(None)
         sizes = [size if size is not None else IN_PLANE if axis else 1 for axis, size in enumerate(shape)]
-        if free > 1 and shape[0] is None:  # a volume whose every dimension is free, not a batch
+        if len(shape) == 3 and shape[0] is None:  # slices of one volume, not a batch
             sizes[0] = WARM_UP_SLICES
         inputs[alias] = np.zeros(sizes, dtype=data_type.dtype)
     return inputs

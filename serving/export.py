@@ -22,7 +22,6 @@ from herald.errors import ConfigError, SignatureMismatch
 from herald.signatures import (
     FINDINGS,
     HEMORRHAGE,
-    IN_PLANE,
     PROTOCOL,
     SIGNATURE_NAME,
     SIGNATURES,
@@ -55,7 +54,7 @@ with _quiet():
         convert_variables_to_constants_v2,
     )
 
-    from serving import hemorrhage, protocol
+    from serving import hemorrhage, protocol, whole_volume
 
 HERE = Path(__file__).parent
 CARD = "assets.extra/model.json"
@@ -63,6 +62,7 @@ SOURCES = {
     PROTOCOL.model: [HERE / "protocol.py", HERE / "weights" / "protocol.weights.h5"],
     HEMORRHAGE.model: [
         HERE / "hemorrhage.py",
+        HERE / "whole_volume.py",
         HERE / "weights" / "hemorrhage.weights.h5",
         HERE / "weights" / "hemorrhage.json",
     ],
@@ -81,28 +81,27 @@ def protocol_function(model: keras.Model) -> Function:
 
 
 def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[float]]) -> Function:
-    """`volume` int16 (D, H, W), a whole study -> `mask` uint8, `slice_probability` and `probability`.
+    """`volume` int16 (D, 256, 256), a whole study -> `mask` uint8, `slice_probability` and `probability`.
 
     `calibration` holds `scale` and `threshold` for each finding, and `smoothing` of the slices. The outermost slices
-    are repeated to lend context. Planes of another size than 256x256 are resampled, and the mask is sampled back.
+    are repeated to lend context.
     """
     scale, threshold = tf.constant(calibration["scale"]), tf.constant(calibration["threshold"])
     before, here, after = calibration["smoothing"]
+    forward = whole_volume.forward(model)
 
     def detect(volume: tf.Tensor) -> dict[str, tf.Tensor]:
-        plane = tf.shape(volume)[1:]  # (2,): H, W
-        x = tf.cast(volume, tf.float32)[..., None]  # (D, H, W, 1)
-        x = tf.image.resize(x, (IN_PLANE, IN_PLANE))[..., 0]  # exact where the size is right already
-        x = tf.concat([x[:1], x[:1], x, x[-1:], x[-1:]], axis=0)  # (D + 4, 256, 256)
-        raw = model(x[None], training=False)
-        mask = tf.image.resize(tf.sigmoid(raw["mask"][0]), plane)  # (D, H, W, C)
-        logits = (raw["slice"][0] + raw["pooled"][0]) / 2  # (D, C)
+        x = tf.cast(volume, tf.float32)
+        raw = forward(tf.concat([x[:1], x[:1], x, x[-1:], x[-1:]], axis=0))
+        mask = tf.cast(tf.round(tf.sigmoid(raw["mask"]) * 255.0), tf.uint8)  # (D, 128, 128, 4 * C)
+        mask = tf.nn.depth_to_space(mask, 2)  # (D, 256, 256, C)
+        logits = (raw["slice"] + raw["pooled"]) / 2  # (D, C)
         padded = tf.concat([logits[:1], logits, logits[-1:]], axis=0)
         logits = before * padded[:-2] + here * padded[1:-1] + after * padded[2:]
         probability = tf.sigmoid(scale * (logits - threshold))  # 0.5 is the operating point
         probability = tf.minimum(probability, probability[:, :1])  # no kind is likelier than `any`
         return {
-            "mask": tf.cast(tf.round(mask * 255.0), tf.uint8),
+            "mask": mask,
             "slice_probability": probability,
             "probability": tf.reduce_max(probability, axis=0),
         }

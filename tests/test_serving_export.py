@@ -58,12 +58,11 @@ def by_openvino(saved: Path):
     return run
 
 
-def head(slices: int, rows: int = 256, columns: int = 256) -> np.ndarray:
-    rng = np.random.default_rng(slices)
-    return rng.normal(40, 40, (slices, rows, columns)).astype(np.int16)
+def head(slices: int) -> np.ndarray:
+    return np.random.default_rng(slices).normal(40, 40, (slices, 256, 256)).astype(np.int16)
 
 
-@pytest.mark.parametrize("slices", [1, 3, 60])
+@pytest.mark.parametrize("slices", [3, 1, 60, 2, 30])
 def test_tensorflow_and_openvino_give_the_same_for_any_number_of_slices(by_tensorflow, by_openvino, slices):
     volume = head(slices)
     one, other = by_tensorflow(volume), by_openvino(volume)
@@ -101,15 +100,6 @@ def test_no_kind_of_bleed_is_likelier_than_any(by_tensorflow):
     for seed in range(3):
         probability = by_tensorflow(head(5 + seed))["probability"]
         assert probability[0] >= probability[1:].max()
-
-
-def test_planes_of_another_size_are_resampled_and_the_mask_comes_back_on_them(by_tensorflow, by_openvino):
-    small_plane = head(3)
-    doubled = small_plane.repeat(2, axis=1).repeat(2, axis=2)
-    one, other = by_tensorflow(doubled), by_openvino(doubled)
-    assert one["mask"].shape == (3, 512, 512, len(FINDINGS))
-    np.testing.assert_allclose(one["probability"], by_tensorflow(small_plane)["probability"], atol=1e-4)
-    np.testing.assert_allclose(one["probability"], other["probability"], atol=1e-4)
 
 
 def test_a_model_that_breaks_the_contract_is_refused_with_every_difference(tmp_path):

@@ -10,6 +10,7 @@ from serving.evaluation import auc, bootstrap_interval, operating_point, platt, 
 from serving.hemorrhage import Sizes, build
 from serving.readers import UNKNOWN
 from serving.train_hemorrhage import FOLDS, OUTPUT_SLICES, Prepared, Sampler, augment, evaluate, fold_of, loss, train
+from serving.whole_volume import forward
 
 # keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -48,6 +49,15 @@ def test_one_pass_over_a_volume_gives_per_slice_exactly_what_a_window_of_five_sl
         for name in ("mask", "slice", "pooled"):
             np.testing.assert_allclose(window[name][:, 0], whole[name][:, i], rtol=1e-4, atol=1e-4)
     assert np.ptp(whole["slice"], axis=1).min() > 1e-3  # or the comparison above would say nothing
+
+
+def test_what_is_served_for_a_whole_volume_is_what_was_trained(small, volume):
+    trained = run(small, volume)
+    served = {name: np.asarray(value) for name, value in forward(small)(tf.constant(volume[0])).items()}
+    served["mask"] = np.asarray(tf.nn.depth_to_space(served["mask"], 2))
+    for name, value in served.items():
+        np.testing.assert_allclose(value, trained[name][0], rtol=1e-4, atol=1e-4)
+        assert np.ptp(value) > 1e-2
 
 
 @pytest.mark.parametrize("output", ["mask", "slice"])
