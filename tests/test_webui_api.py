@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -121,7 +122,7 @@ def test_a_ledger_that_is_down_makes_the_notifier_try_again(site):
 def test_health_is_ok_and_says_what_fails_when_it_does(site, tmp_path):
     client = site.app.test_client()
     assert (client.get("/health").status_code, client.get("/health").json["status"]) == (200, "ok")
-    (tmp_path / "store").rmdir()
+    shutil.rmtree(tmp_path / "store")
     answer = client.get("/health")
     assert answer.status_code == 503
     assert "store" in answer.json["problems"][0]
