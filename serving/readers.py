@@ -48,7 +48,8 @@ class LabelledVolume:
     """One patient: `volume`, and what experts say about it.
 
     `truth` (D, H, W, C) uint8 holds 0, 1 or UNKNOWN for each voxel and finding, `slice_truth` (D, C) the same for each
-    slice. `child` is None where the set does not say.
+    slice. `child` is None where the set does not say. `study_truth` (C,) is given where more is known of the whole
+    scan than of its slices, as that it bleeds somewhere; None where the slices tell.
     """
 
     source: str
@@ -57,6 +58,24 @@ class LabelledVolume:
     truth: NDArray[np.uint8]
     slice_truth: NDArray[np.uint8]
     child: bool | None = None
+    study_truth: NDArray[np.uint8] | None = None
+
+
+def voxel_truth(mask: NDArray[np.bool_], slice_truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Truth (D, H, W, C) of voxels from one mask (D, H, W) of all blood and the kinds (D, C) of each slice.
+
+    Which voxel is which kind is UNKNOWN where a slice has, or may have, several; so is everything where a slice that
+    bleeds, or may, has no mask.
+    """
+    truth = np.zeros((*mask.shape, len(FINDINGS)), dtype=np.uint8)
+    for i in np.flatnonzero(mask.any(axis=(1, 2))).tolist():
+        kinds = 1 + np.flatnonzero(slice_truth[i, 1:])
+        sure = len(kinds) == 1 and slice_truth[i, kinds[0]] == 1
+        truth[i][mask[i][:, :, None] & np.isin(np.arange(len(FINDINGS)), kinds)] = 1 if sure else UNKNOWN
+    truth[..., 0] = mask
+    for i in np.flatnonzero(slice_truth[:, 0].astype(bool) & ~mask.any(axis=(1, 2))).tolist():
+        truth[i][..., np.flatnonzero(slice_truth[i])] = UNKNOWN
+    return truth
 
 
 def ct_ich_patients(folder: Path) -> list[str]:
@@ -85,18 +104,12 @@ def read_ct_ich(folder: Path, patient: str) -> LabelledVolume:
         for kind, columns in CT_ICH_KINDS.items():
             slice_truth[i, FINDINGS.index(kind)] = any(int(row[column]) for column in columns)
         slice_truth[i, 0] = slice_truth[i, 1:].any() or mask[i].any()
-    truth = np.zeros((*mask.shape, len(FINDINGS)), dtype=np.uint8)
-    for i in np.flatnonzero(mask.any(axis=(1, 2))).tolist():
-        kinds = 1 + np.flatnonzero(slice_truth[i, 1:])
-        truth[i][mask[i][:, :, None] & np.isin(np.arange(len(FINDINGS)), kinds)] = 1 if len(kinds) == 1 else UNKNOWN
-    truth[..., 0] = mask
-    for i in np.flatnonzero(slice_truth[:, 0].astype(bool) & ~mask.any(axis=(1, 2))).tolist():
-        truth[i][..., np.flatnonzero(slice_truth[i])] = UNKNOWN  # a positive slice that nobody outlined
     volume = Volume(
         hounsfield=hounsfield,
         positions_mm=np.arange(len(rows), dtype=np.float64) * 5.0,
         pixel_spacing_mm=(CT_ICH_SPACING_MM, CT_ICH_SPACING_MM),
     )
+    truth = voxel_truth(mask, slice_truth)
     return LabelledVolume("ct-ich", patient, volume, truth, slice_truth, child=rows[0]["child"] == "1")
 
 
