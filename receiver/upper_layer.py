@@ -407,8 +407,9 @@ class ReceivingAssociation(Association):
         self._connection.settimeout(LINGER_S)
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + LINGER_S
         with contextlib.suppress(OSError):
-            while self._connection.recv(4096):
+            while self._connection.recv(4096) and time.monotonic() < until:
                 pass
 
     def _end(self) -> None:

@@ -9,25 +9,20 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BytesIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydicom.filereader import read_file_meta_info
-from pynetdicom.dimse_messages import C_STORE_RQ, C_STORE_RSP
+from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.dsutils import decode
 from receiver_fakes import Receiver, association, config_under, ct_series, ct_slice, receiving, send_all
 from test_receiver_scp import dcmtk
 
 from herald.config import ReceiverConfig
 from herald.errors import ConfigError
 from receiver.access import AllowedSenders, tls_context
-from receiver.command import StoreRequest, command_elements, store_request, store_response
-from receiver.scp import file_meta
-from receiver.statuses import StoreStatus
+from receiver.command import StoreRequest, command_elements, store_request
 from receiver.upper_layer import PduReader, Stalled
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -322,69 +317,10 @@ def test_a_request_reads_as_pynetdicom_writes_it(sop_class: str, sop_instance: s
     assert request == StoreRequest(1, message_id, sop_class, sop_instance, has_data_set=False)
 
 
-@given(
-    sop_class=uids,
-    sop_instance=uids,
-    message_id=st.integers(0, 65535),
-    status=st.sampled_from(list(StoreStatus)),
-    comment=st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="\\"), max_size=64),
-)
-def test_a_response_reads_in_pynetdicom_as_it_was_meant(
-    sop_class: str, sop_instance: str, message_id: int, status: StoreStatus, comment: str
-) -> None:
-    encoded = store_response(StoreRequest(1, message_id, sop_class, sop_instance, True), status, comment)
-    message = C_STORE_RSP()
-    message.command_set = decode(BytesIO(encoded), True, True)
-    response = message.message_to_primitive()
-    assert isinstance(response, C_STORE)
-    assert (response.MessageIDBeingRespondedTo, response.Status) == (message_id, int(status))
-    assert (response.AffectedSOPClassUID, response.AffectedSOPInstanceUID) == (sop_class, sop_instance)
-    assert message.command_set.CommandGroupLength == len(encoded) - 12
-    assert str(message.command_set.get("ErrorComment", "") or "").strip() == comment.strip()
-
-
 @given(encoded=st.binary(max_size=200))
 def test_arbitrary_bytes_are_a_command_or_a_value_error(encoded: bytes) -> None:
     with suppress(ValueError):
         store_request(command_elements(encoded), 1)
-
-
-@given(sop_class=uids, sop_instance=uids, ae_title=st.text(max_size=16))
-def test_pydicom_reads_the_file_meta(
-    tmp_path_factory: pytest.TempPathFactory, sop_class: str, sop_instance: str, ae_title: str
-) -> None:
-    path = tmp_path_factory.mktemp("meta") / "x.dcm"
-    request = StoreRequest(1, 1, sop_class, sop_instance, True)
-    encoded = file_meta(request, EXPLICIT, ae_title)
-    path.write_bytes(bytes(128) + b"DICM" + encoded)
-    meta = read_file_meta_info(path)
-    assert (meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID) == (sop_class, sop_instance)
-    assert meta.TransferSyntaxUID == EXPLICIT
-    assert meta.FileMetaInformationGroupLength == len(encoded) - 12
-    assert meta["SourceApplicationEntityTitle"].VR == "AE"
-
-
-@given(data=st.data(), stream=st.binary(max_size=3000))
-def test_a_reader_gives_every_byte_once_however_it_comes(data: st.DataObject, stream: bytes) -> None:
-    offset = 0
-
-    def receive(view: memoryview) -> int:
-        nonlocal offset
-        count = data.draw(st.integers(1, max(1, min(len(view), len(stream) - offset)))) if offset < len(stream) else 0
-        view[:count] = stream[offset : offset + count]
-        offset += count
-        return count
-
-    reader = PduReader(receive, 60.0)
-    read = b""
-    with suppress(EOFError):
-        while len(read) <= len(stream):
-            if data.draw(st.booleans()):
-                read += reader.take(data.draw(st.integers(1, 700)))
-            else:
-                read += bytes(reader.some(data.draw(st.integers(1, 700))))
-    assert stream.startswith(read)
-    assert len(stream) - len(read) < 700, "only the start of a `take` that could not be filled is missing"
 
 
 def test_a_reader_says_how_long_it_waited() -> None:
