@@ -1,6 +1,7 @@
 """Figures of diagnostic accuracy with their intervals."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,171 @@ def auc(scores: Scores, truth: Truth) -> float:
     return float((ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> list[float]:
-    """Share, lower and upper end of Wilson's interval."""
+def wilson(successes: float, n: float, level: float = 0.95) -> list[float]:
+    """Share, lower and upper end of Wilson's interval (Wilson 1927); `n` may be an effective number. NaN without n."""
     if not n:
         return [float("nan")] * 3
-    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
-    return [successes / n, float(interval.low), float(interval.high)]
+    share, z2 = successes / n, _z(level) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = float(np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))) / (1 + z2 / n)
+    return [share, max(0.0, middle - half) if share else 0.0, min(1.0, middle + half) if share < 1 else 1.0]
+
+
+def _z(level: float) -> float:
+    return float(stats.norm.ppf((1 + level) / 2))
+
+
+def clustered_share(hits: Truth, owner: NDArray[np.integer], level: float = 0.95) -> list[float]:
+    """Share of `hits` (N,) and Wilson's interval for the effective number of cases when `owner` (N,) has several.
+
+    The variance between patients gives the effective number (Korn and Graubard 1998), never fewer than there are
+    patients nor more than there are cases. Where all hits agree it is the number of patients.
+    """
+    n = len(hits)
+    if not n:
+        return [float("nan")] * 3
+    _, patient = np.unique(owner, return_inverse=True)
+    members = np.bincount(patient)
+    patients, share = len(members), float(hits.mean())
+    if patients == n:
+        return wilson(int(hits.sum()), n, level)
+    effective = float(patients)
+    if 0 < share < 1 and patients > 1:
+        excess = np.bincount(patient, weights=hits) - share * members
+        variance = float((excess**2).sum()) * patients / (patients - 1) / n**2
+        effective = float(np.clip(share * (1 - share) / variance, patients, n)) if variance else float(n)
+    return wilson(share * effective, effective, level)
+
+
+def delong_variance(scores: Sequence[Scores], truth: Truth) -> NDArray[np.float64]:
+    """Covariance (K, K) of the AUCs of K scores of the same N cases (DeLong et al. 1988), by ranks (Sun and Xu 2014).
+
+    NaN where a class has fewer than two cases.
+    """
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    if positives < 2 or negatives < 2:
+        return np.full((len(scores), len(scores)), np.nan)
+    of_positives, of_negatives = [], []  # share of the other class that each case lies on the right side of
+    for values in scores:
+        ranks = stats.rankdata(values)
+        of_positives.append((ranks[truth] - stats.rankdata(values[truth])) / negatives)
+        of_negatives.append(1 - (ranks[~truth] - stats.rankdata(values[~truth])) / positives)
+    covariance: NDArray[np.float64] = np.atleast_2d(np.cov(of_positives)) / positives
+    return covariance + np.atleast_2d(np.cov(of_negatives)) / negatives
+
+
+def delong_interval(scores: Scores, truth: Truth, level: float = 0.95) -> tuple[float, float]:
+    """DeLong's interval of the AUC, made on the logit scale so that it stays within 0 and 1 and holds near 1.
+
+    NaN where there is no variance to go by: classes told apart perfectly, or fewer than two cases of one.
+    """
+    area, variance = auc(scores, truth), float(delong_variance([scores], truth)[0, 0])
+    if not variance > 0:
+        return float("nan"), float("nan")
+    middle, half = np.log(area / (1 - area)), _z(level) * np.sqrt(variance) / (area * (1 - area))
+    return float(1 / (1 + np.exp(half - middle))), float(1 / (1 + np.exp(-half - middle)))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One AUC less another of the same cases, its interval, and the two-sided p of there being none."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def delong_difference(first: Scores, second: Scores, truth: Truth, level: float = 0.95) -> Difference:
+    """AUC of `first` less that of `second`, both scores of the same cases (DeLong et al. 1988); NaN as for one AUC."""
+    value = auc(first, truth) - auc(second, truth)
+    contrast = np.array([1.0, -1.0])
+    variance = float(contrast @ delong_variance([first, second], truth) @ contrast)
+    if np.isnan(variance) or (variance <= 1e-15 and abs(value) > 1e-12):
+        return Difference(value, float("nan"), float("nan"), float("nan"))
+    error = float(np.sqrt(max(variance, 0.0)))
+    half = _z(level) * error
+    p = float(2 * stats.norm.sf(abs(value) / error)) if error > 1e-8 else 1.0
+    return Difference(value, max(-1.0, value - half), min(1.0, value + half), p)
+
+
+def newcombe_auc_interval(area: float, positives: int, negatives: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of an AUC from the numbers of cases alone (Newcombe 2006, method 5): holds where `area` is 0 or 1."""
+    if not positives or not negatives or np.isnan(area):
+        return float("nan"), float("nan")
+    z2, n = _z(level) ** 2, (positives + negatives) / 2
+
+    def excess(true: float) -> float:
+        spread = true * (1 - true) * (1 + (n - 1) * ((1 - true) / (2 - true) + true / (1 + true)))
+        return (area - true) ** 2 - z2 * spread / (positives * negatives)
+
+    low = optimize.brentq(excess, 0.0, min(area, 1 - 1e-9)) if area > 0 else 0.0  # `area` 1 is a root by itself
+    high = optimize.brentq(excess, max(area, 1e-9), 1.0) if area < 1 else 1.0
+    return float(low), float(high)
+
+
+def predictive_values(
+    sensitivity: Sequence[float], specificity: Sequence[float], prevalence: float
+) -> tuple[list[float], list[float]]:
+    """PPV and NPV at `prevalence` by Bayes, each value, low, high; arguments are value, low, high too.
+
+    The intervals are those of the likelihood ratios (MOVER-R, Donner and Zou 2012). NaN where a ratio is 0 / 0.
+    """
+    odds = prevalence / (1 - prevalence)
+    missed = [1 - sensitivity[0], 1 - sensitivity[2], 1 - sensitivity[1]]
+    alarmed = [1 - specificity[0], 1 - specificity[2], 1 - specificity[1]]
+    ppv = [_share_of_odds(odds * ratio) for ratio in _ratio(sensitivity, alarmed)]
+    npv = [1 - _share_of_odds(odds * ratio) for ratio in _ratio(missed, specificity)]
+    return ppv, [npv[0], npv[2], npv[1]]
+
+
+def _share_of_odds(odds: float) -> float:
+    return 1.0 if np.isinf(odds) else float(odds / (1 + odds))
+
+
+def _ratio(top: Sequence[float], bottom: Sequence[float]) -> list[float]:
+    """Ratio of two independent shares, its lower and upper end; written so that shares of 0 need no correction."""
+    (a, a_low, a_high), (b, b_low, b_high) = top, bottom
+    if np.isnan([*top, *bottom]).any() or a == b == 0:
+        return [float("nan")] * 3
+    product = a * b
+    below = product + np.sqrt(max(0.0, product**2 - a_low * b_high * (2 * a - a_low) * (2 * b - b_high)))
+    above = product + np.sqrt(max(0.0, product**2 - a_high * b_low * (2 * a - a_high) * (2 * b - b_low)))
+    low = a_low * (2 * a - a_low) / below if a > 0 else 0.0
+    high = above / (b_low * (2 * b - b_low)) if b > 0 else float("inf")
+    return [a / b if b else float("inf"), float(low), float(high)]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The cases whose probability lies in one tenth or so: their indices, mean probability and share of positives."""
+
+    members: NDArray[np.intp]
+    said: float
+    seen: float
+
+
+def calibration_curve(probability: Scores, truth: Truth, bins: int = 10) -> list[Bin]:
+    """The occupied ones of `bins` equally wide bins of `probability` (N,), lowest first."""
+    place = np.minimum((np.asarray(probability) * bins).astype(int), bins - 1)
+    groups = [np.flatnonzero(place == i) for i in range(bins)]
+    return [Bin(g, float(probability[g].mean()), float(truth[g].mean())) for g in groups if len(g)]
+
+
+def expected_calibration_error(probability: Scores, truth: Truth, bins: int = 10) -> float:
+    """Mean distance between what is said and what is seen, over the cases of the bins; biased upwards in few cases."""
+    if not len(truth):
+        return float("nan")
+    curve = calibration_curve(probability, truth, bins)
+    return float(sum(len(b.members) * abs(b.said - b.seen) for b in curve) / len(truth))
+
+
+def dice(predicted: Truth, truth: Truth) -> NDArray[np.float64]:
+    """Dice of each plane of two masks (..., H, W); NaN where both are empty."""
+    size = predicted.sum(axis=(-2, -1)) + truth.sum(axis=(-2, -1))
+    with np.errstate(invalid="ignore"):
+        overlap: NDArray[np.float64] = 2 * (predicted & truth).sum(axis=(-2, -1)) / np.where(size, size, np.nan)
+    return overlap
 
 
 def bootstrap_interval(

@@ -4,6 +4,7 @@
     --all         train on every patient                                  (serving/weights/hemorrhage.weights.h5)
     --score K     score the patients of fold K with weights that are there   (default: the shipped ones)
     --evaluate    pool the scores of the folds, calibrate, measure        (serving/weights/hemorrhage.json)
+                  and report them with pictures, never to be committed    (--report, .work/hemorrhage/report.html)
 
 The data are prepared once through `herald.volume.detection_input`, which is exactly what the node sends. Every run
 repeats from its seed, as far as the threads of the CPU allow.
@@ -14,7 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -28,11 +29,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scipy.special import expit
 
 from herald.errors import ConfigError
 from herald.signatures import CONTEXT_SLICES, FINDINGS, IN_PLANE
 from herald.volume import Placement, detection_input
-from serving.evaluation import auc, bootstrap_interval, operating_point, platt, wilson
+from serving.evaluation import auc, bootstrap_interval, dice, operating_point, platt, wilson
+from serving.evaluation_report import Case, picture, report, worst_cases, write_report
 from serving.hemorrhage import WEIGHTS, build
 from serving.phantom import draw_findings, simulate
 from serving.readers import SETS, UNKNOWN, LabelledVolume
@@ -374,16 +377,15 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
             raw = raw_scores(model, p.volume)
             predicted, truth = raw["mask"][..., 0] > 0, (p.positive & 1) > 0
             known = (p.unknown & 1) == 0
-            overlap = (predicted & truth & known).sum(axis=(1, 2))
-            size = (predicted & known).sum(axis=(1, 2)) + (truth & known).sum(axis=(1, 2))
             np.savez(
                 out / f"{p.source}_{p.patient}.npz",
                 slice=raw["slice"],
                 pooled=raw["pooled"],
                 slice_truth=p.slice_truth,
                 child=p.child,
-                dice=2 * overlap / np.maximum(size, 1),
+                dice=dice(predicted & known, truth & known),
                 outlined=truth.any(axis=(1, 2)),
+                found=np.packbits(predicted, axis=-1),
             )
 
 
@@ -394,16 +396,22 @@ def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -
     return SMOOTHING[0] * padded[:-2] + SMOOTHING[1] * padded[1:-1] + SMOOTHING[2] * padded[2:]
 
 
-def evaluate(folder: Path) -> dict[str, object]:
-    """Calibration and metrics from the scores of folds in `folder`; raises ConfigError where there are none."""
+def scored(folder: Path) -> list[dict[str, object]]:
+    """What `score` wrote for each study of the folds in `folder`, with its `logits` (D, C)."""
     studies = []
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fold*/run.json"))]
     for path in sorted(folder.glob("fold*/*.npz")):
         with np.load(path) as file:
             fields = {name: file[name] for name in file.files}
-        fields["source"] = path.stem.rpartition("_")[0]
+        fields["source"], _, fields["patient"] = path.stem.rpartition("_")
         fields["logits"] = slice_logits(fields["slice"], fields["pooled"])
         studies.append(fields)
+    return studies
+
+
+def evaluate(folder: Path) -> dict[str, object]:
+    """Calibration and metrics from the scores of folds in `folder`; raises ConfigError where there are none."""
+    studies = scored(folder)
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fold*/run.json"))]
     mixed = [s for s in studies if s["source"] == "ct-ich"]
     if not mixed:
         raise ConfigError(f"no scores in {folder}; run --fold 0, --fold 1 and --fold 2 first")
@@ -460,10 +468,104 @@ def _metrics(studies: Sequence[dict[str, NDArray[np.generic]]], thresholds: Sequ
             row["slice_auc"] = [auc(slices, slice_truth), *bootstrap_interval(slices, slice_truth, owner)]
             row["slices"] = len(slices)
         out[finding] = row
-    dice = np.concatenate([s["dice"][s["outlined"].astype(bool)] for s in studies])
-    if len(dice):
-        out["dice_of_outlined_slices"] = float(dice.mean())
+    overlaps = np.concatenate([s["dice"][s["outlined"].astype(bool)] for s in studies])
+    if len(overlaps):
+        out["dice_of_outlined_slices"] = float(overlaps.mean())
     return out
+
+
+TASKS = ("any bleeding", *(finding.upper().replace("_", "/") for finding in FINDINGS[1:]))
+
+
+def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case]:
+    """Every study and every slice whose truth is known as a case; volumes and the worst ones' pictures from `data`."""
+    scale, threshold = np.array(calibration["scale"]), np.array(calibration["threshold"])
+    studies = {(s["source"], s["patient"]): s for s in scored(folder)}
+    out: list[Case] = []
+    with progress() as bar:
+        for (source, patient), s in bar.track(studies.items(), description="reading truth"):
+            labelled = read_labelled(data, source, patient)
+            out += _cases_of(s, expit(scale * (s["logits"] - threshold)), labelled)
+        pictured: dict[int, Case] = {}
+        for source in {case.source for case in out}:
+            worst = worst_cases(case for case in out if case.source == source)
+            for case in bar.track(worst, description=f"drawing the worst of {source}"):
+                labelled = read_labelled(data, source, case.patient)
+                if labelled is not None:
+                    pictured[id(case)] = _pictured(case, studies[source, case.patient], prepare(labelled))
+    return [pictured.get(id(case), case) for case in out]
+
+
+def read_labelled(data: Path, source: str, patient: str) -> LabelledVolume | None:
+    """A patient of a set or a simulated one; None where the set is not in `data`."""
+    if source == "simulated":
+        return simulated_patient(int(patient))
+    folder, _, read = SETS[source]
+    return read(data / folder, patient) if (data / folder).exists() else None
+
+
+def _cases_of(
+    study: dict[str, object], probability: NDArray[np.floating], labelled: LabelledVolume | None
+) -> list[Case]:
+    present = study["slice_truth"] == 1
+    child = bool(study["child"]) if study["source"] == "ct-ich" else None  # the other sets do not say
+    volume_ml, spacing = [None] * len(FINDINGS), None
+    if labelled is not None:
+        child = labelled.child
+        spacing = labelled.volume.slice_spacing_mm
+        voxel_ml = labelled.volume.slice_extents_mm * np.prod(labelled.volume.pixel_spacing_mm) / 1000
+        millilitres = voxel_ml @ (labelled.truth == 1).sum(axis=(1, 2))
+        unsure = (labelled.truth == UNKNOWN).any(axis=(0, 1, 2))
+        volume_ml = [None if blurred else float(ml) for ml, blurred in zip(millilitres, unsure, strict=True)]
+    known = {
+        "source": study["source"],
+        "patient": study["patient"],
+        "simulated": study["source"] == "simulated",
+        "child": child,
+        "thickness_mm": spacing,
+    }
+    out = []
+    for c, task in enumerate(TASKS):
+        bleeds = bool(present[:, c].any())
+        out.append(
+            Case(
+                task=task,
+                truth="bleeding" if bleeds else "none",
+                probability=_two_classes(probability[:, c].max()),
+                kinds=tuple(TASKS[k] for k in range(1, len(TASKS)) if present[:, k].any()) if not c else (),
+                volume_ml=volume_ml[c] if bleeds else None,
+                **known,
+            )
+        )
+        for i in np.flatnonzero(study["slice_truth"][:, c] != UNKNOWN):
+            out.append(
+                Case(
+                    task=f"{task}, by slice",
+                    truth="bleeding" if present[i, c] else "none",
+                    probability=_two_classes(probability[i, c]),
+                    unit="slice",
+                    name=str(i + 1),
+                    dice=float(study["dice"][i]) if not c and study["outlined"][i] else None,
+                    **known,
+                )
+            )
+    return out
+
+
+def _two_classes(positive: float) -> dict[str, float]:
+    return {"none": 1 - float(positive), "bleeding": float(positive)}
+
+
+def _pictured(case: Case, study: dict[str, object], patient: Prepared) -> Case:
+    """With the slice that holds most of the blood, or else the one that the model likes least."""
+    finding = TASKS.index(case.task)
+    truth = (patient.positive >> finding) & 1 > 0
+    i = int(np.argmax(truth.sum(axis=(1, 2)) if truth.any() else study["logits"][:, finding]))
+    outlines, shows = [(truth[i], (70, 170, 255))], f"slice {i + 1}{'; blue: truth' if truth[i].any() else ''}"
+    if "found" in study:
+        outlines.append((np.unpackbits(study["found"][i], axis=-1) > 0, (255, 64, 160)))
+        shows += "; pink: model"
+    return replace(case, picture=picture(patient.volume[i], outlines), picture_shows=shows)
 
 
 # --- command ---------------------------------------------------------------------------------------------------------
@@ -482,6 +584,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--work", type=Path, default=Path(".work/hemorrhage"), help="cache and scores")
     parser.add_argument("--weights", type=Path, help="where to write the weights instead")
+    parser.add_argument("--report", type=Path, help="page of --evaluate (default: report.html in the folder of --work)")
     parser.add_argument("--start", type=Path, help="weights to start from, instead of from scratch")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the usual one")
@@ -516,3 +619,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = evaluate(args.work / "scores")
         CALIBRATION.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         Console(stderr=True).print_json(json.dumps(result))
+        page = args.report or args.work / "report.html"
+        about = {
+            "Obtained": result["obtained"],
+            "Truth": "CT-ICH: experts' outlines, no pixel size given, so that ml are rough; PHE-SICH: experts' boxes",
+            "Operating point": "chosen on CT-ICH as a whole, so that its sensitivity and specificity are optimistic",
+        }
+        write_report(page, *report(cases(args.work / "scores", result, args.data), "Haemorrhage: evaluation", about))
+        Console(stderr=True).print(f"figures by type and volume, with pictures: {page}")

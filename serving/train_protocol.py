@@ -24,6 +24,7 @@ from scipy import ndimage
 from herald.signatures import HEADS, IN_PLANE, PROTOCOL_SLICES
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, protocol_batch, read_datasets, volume_from_datasets
 from serving import readers
+from serving.evaluation_report import Case, picture, report, write_report
 from serving.phantom import (
     CONTRAST_PHASES,
     OTHER_REGIONS,
@@ -252,6 +253,7 @@ class Patient:
     stack: Hounsfield
     spacing_mm: float
     pixel_mm: float
+    child: bool | None = None
 
     @cached_property
     def fit(self) -> Fit:
@@ -270,8 +272,9 @@ def patients_of(data: Path, source: str, held_out: bool) -> list[str]:
 def read_patient(data: Path, source: str, name: str) -> Patient:
     """One patient of a real set."""
     folder, _, read = readers.SETS[source]
-    volume = read(data / folder, name).volume
-    return Patient(name, volume.hounsfield, volume.slice_spacing_mm, volume.pixel_spacing_mm[0])
+    labelled = read(data / folder, name)
+    volume = labelled.volume
+    return Patient(name, volume.hounsfield, volume.slice_spacing_mm, volume.pixel_spacing_mm[0], labelled.child)
 
 
 def draw_real(patient: Patient, rng: np.random.Generator) -> Sample:
@@ -488,21 +491,29 @@ def predictor(weights: Path) -> Predict:
     return lambda batch: {h: np.asarray(p).mean(axis=0) for h, p in model.predict_on_batch(batch).items()}
 
 
-def evaluation_sets(data: Path, sets: Sequence[str]) -> Iterator[tuple[str, str, Volume, Mapping[str, str]]]:
-    """(set, name, volume, labels) of everything in `sets` to evaluate on, labels only where they are known."""
+def evaluation_sets(
+    data: Path, sets: Sequence[str]
+) -> Iterator[tuple[str, str, Volume, Mapping[str, str], bool | None]]:
+    """(set, name, volume, labels, child) of everything in `sets`; labels only where they are known."""
     for name, labels in DICOM_SERIES.items():
         files = sorted((data / name).glob("*.dcm"))
         if files and "dicom" in sets:
-            yield "dicom", name, volume_from_datasets(read_datasets(files)), labels
+            yield "dicom", name, volume_from_datasets(read_datasets(files)), labels, None
     for source in [source for source in readers.SETS if source in sets]:
         for held_out in (True, False):
             for name in patients_of(data, source, held_out):
                 patient = read_patient(data, source, name)
                 positions = np.arange(len(patient.stack)) * np.float64(patient.spacing_mm)
                 volume = Volume(patient.stack, positions, (patient.pixel_mm, patient.pixel_mm))
-                yield f"{source}, {'held out' if held_out else 'trained on'}", patient.name, volume, HEAD_SCAN
+                yield (
+                    f"{source}, {'held out' if held_out else 'trained on'}",
+                    patient.name,
+                    volume,
+                    HEAD_SCAN,
+                    patient.child,
+                )
     for i in range(HELD_OUT_SUBJECTS if "simulated" in sets else 0):
-        yield "simulated, held out", str(i), *_simulated(i)
+        yield "simulated, held out", str(i), *_simulated(i), None
 
 
 def _simulated(i: int) -> tuple[Volume, Mapping[str, str]]:
@@ -534,11 +545,14 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
-def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console) -> None:
-    """Print every DICOM series and every wrong decision; then right decisions by set and head with Wilson intervals."""
+def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console) -> list[Case]:
+    """Print every DICOM series and every wrong decision, then right ones by set and head; returns all as cases."""
     right: dict[str, dict[str, list[float]]] = {}
-    for group, name, volume, labels in evaluation_sets(data, sets):
-        answer = predict(protocol_batch(volume))
+    cases: list[Case] = []
+    for group, name, volume, labels, child in evaluation_sets(data, sets):
+        batch = protocol_batch(volume)
+        answer = predict(batch)
+        cases += _cases(group, name, volume, labels, child, answer, _overview(batch[0]))
         told, wrong = [], False
         for head, classes in HEADS.items():
             best = int(np.argmax(answer[head]))
@@ -558,6 +572,45 @@ def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console
             low, high = wilson(k, n)
             table.add_row(group, head, f"{k}/{n}", f"{low:.3f} to {high:.3f}", f"{sum(v > 0.75 for v in outcomes)}/{n}")
     console.print(table)
+    return cases
+
+
+def _cases(
+    group: str,
+    name: str,
+    volume: Volume,
+    labels: Mapping[str, str],
+    child: bool | None,
+    answer: Mapping[str, NDArray[np.float32]],
+    overview: bytes,
+) -> list[Case]:
+    """One series as a case of each head whose label is known."""
+    return [
+        Case(
+            task=head,
+            source=name.partition("/")[0] if group == "dicom" else group,  # a head and a phantom are no set
+            patient=name,
+            truth=labels[head],
+            probability=dict(zip(classes, answer[head].tolist(), strict=True)),
+            unit="series",
+            simulated=group.startswith("simulated"),
+            trained_on=group.endswith("trained on"),
+            child=child,
+            kernel=labels.get("kernel", "") if head != "kernel" else "",
+            thickness_mm=volume.slice_spacing_mm,
+            picture=overview,
+            picture_shows="eight slices, window 40/400",
+        )
+        for head, classes in HEADS.items()
+        if head in labels
+    ]
+
+
+def _overview(chunk: NDArray[np.int16]) -> bytes:
+    """The eight slices that the model saw at once, three in a row."""
+    tiles = np.full((9, IN_PLANE // 2, IN_PLANE // 2), AIR_HOUNSFIELD, np.int16)
+    tiles[:PROTOCOL_SLICES] = chunk[:, ::2, ::2]
+    return picture(np.block([list(row) for row in tiles.reshape(3, 3, *tiles.shape[1:])]), center=40, width=400)
 
 
 def progress_bar() -> Progress:
@@ -576,6 +629,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prepare", action="store_true", help="only simulate the training series")
     parser.add_argument("--evaluate", action="store_true", help="only evaluate")
     parser.add_argument(
+        "--report", type=Path, default=CACHE / "report.html", help="page of the evaluation, pictures too"
+    )
+    parser.add_argument(
         "--sets", nargs="+", choices=EVALUATION_SETS, default=EVALUATION_SETS, help="what to evaluate on"
     )
     options = parser.parse_args(argv)
@@ -585,5 +641,8 @@ def main(argv: Sequence[str]) -> int:
         if options.prepare:
             return 0
         train(Source(pools), options.weights, options.cycle)
-    evaluate(predictor(options.weights), options.data, options.sets, console)
+    cases = evaluate(predictor(options.weights), options.data, options.sets, console)
+    about = {"Weights": options.weights.name, "Sets": ", ".join(options.sets)}
+    write_report(options.report, *report(cases, "Protocol: evaluation", about))
+    console.print(f"figures with pictures, not to be committed where they are of patients: {options.report}")
     return 0
