@@ -505,13 +505,8 @@ def evaluation_sets(
                 patient = read_patient(data, source, name)
                 positions = np.arange(len(patient.stack)) * np.float64(patient.spacing_mm)
                 volume = Volume(patient.stack, positions, (patient.pixel_mm, patient.pixel_mm))
-                yield (
-                    f"{source}, {'held out' if held_out else 'trained on'}",
-                    patient.name,
-                    volume,
-                    HEAD_SCAN,
-                    patient.child,
-                )
+                group = f"{source}, {'held out' if held_out else 'trained on'}"
+                yield group, patient.name, volume, HEAD_SCAN, patient.child
     for i in range(HELD_OUT_SUBJECTS if "simulated" in sets else 0):
         yield "simulated, held out", str(i), *_simulated(i), None
 
