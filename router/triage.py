@@ -5,13 +5,13 @@ from functools import partial
 from herald import __version__
 from herald.config import RouterConfig
 from herald.events import SeriesReceived, SeriesTriaged, utc_now
+from herald.header import header_claim
 from herald.signatures import FINDINGS
 from herald.store import StudyStore
 from herald.volume import detection_input, protocol_batch, read_datasets, slabs, volume_from_datasets
 from router.decision import decide
 from router.eligibility import axial_candidates, too_few
 from router.findings import findings, prediction
-from router.header import header_claim
 from router.inference import InferenceClient
 
 

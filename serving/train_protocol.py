@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import ndimage
 
+from herald.header import Claim, header_claim
 from herald.signatures import HEADS, IN_PLANE, PROTOCOL_SLICES
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, protocol_batch, read_datasets, volume_from_datasets
 from serving import readers
@@ -493,12 +494,14 @@ def predictor(weights: Path) -> Predict:
 
 def evaluation_sets(
     data: Path, sets: Sequence[str]
-) -> Iterator[tuple[str, str, Volume, Mapping[str, str], bool | None]]:
-    """(set, name, volume, labels, child) of everything in `sets`; labels only where they are known."""
+) -> Iterator[tuple[str, str, Volume, Mapping[str, str], bool | None, Claim | None]]:
+    """(set, name, volume, labels, child, claim of the header) of everything in `sets`; labels only where known."""
     for name, labels in DICOM_SERIES.items():
         files = sorted((data / name).glob("*.dcm"))
         if files and "dicom" in sets:
-            yield "dicom", name, volume_from_datasets(read_datasets(files)), labels, None
+            datasets = read_datasets(files)
+            volume = volume_from_datasets(datasets)
+            yield "dicom", name, volume, labels, None, header_claim(datasets[0], volume.orientation)
     for source in [source for source in readers.SETS if source in sets]:
         for held_out in (True, False):
             for name in patients_of(data, source, held_out):
@@ -506,9 +509,15 @@ def evaluation_sets(
                 positions = np.arange(len(patient.stack)) * np.float64(patient.spacing_mm)
                 volume = Volume(patient.stack, positions, (patient.pixel_mm, patient.pixel_mm))
                 group = f"{source}, {'held out' if held_out else 'trained on'}"
-                yield group, patient.name, volume, HEAD_SCAN, patient.child
+                yield group, patient.name, volume, HEAD_SCAN, patient.child, None
     for i in range(HELD_OUT_SUBJECTS if "simulated" in sets else 0):
-        yield "simulated, held out", str(i), *_simulated(i), None
+        yield (
+            "simulated, held out",
+            str(i),
+            *_simulated(i),
+            None,
+            None,
+        )  # our own writer's headers would be right by construction
 
 
 def _simulated(i: int) -> tuple[Volume, Mapping[str, str]]:
@@ -544,10 +553,10 @@ def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console
     """Print every DICOM series and every wrong decision, then right ones by set and head; returns all as cases."""
     right: dict[str, dict[str, list[float]]] = {}
     cases: list[Case] = []
-    for group, name, volume, labels, child in evaluation_sets(data, sets):
+    for group, name, volume, labels, child, claim in evaluation_sets(data, sets):
         batch = protocol_batch(volume)
         answer = predict(batch)
-        cases += _cases(group, name, volume, labels, child, answer, _overview(batch[0]))
+        cases += _cases(group, name, volume, labels, child, claim, answer, _overview(batch[0]))
         told, wrong = [], False
         for head, classes in HEADS.items():
             best = int(np.argmax(answer[head]))
@@ -576,6 +585,7 @@ def _cases(
     volume: Volume,
     labels: Mapping[str, str],
     child: bool | None,
+    claim: Claim | None,
     answer: Mapping[str, NDArray[np.float32]],
     overview: bytes,
 ) -> list[Case]:
@@ -593,6 +603,7 @@ def _cases(
             child=child,
             kernel=labels.get("kernel", "") if head != "kernel" else "",
             thickness_mm=volume.slice_spacing_mm,
+            header=None if claim is None else claim[head] or "",
             picture=overview,
             picture_shows="eight slices, window 40/400",
         )

@@ -580,9 +580,9 @@ def test_decisions_of_the_protocol_model_become_cases_of_the_heads_whose_label_i
 
     volume = Volume(np.zeros((8, 64, 64), np.int16), np.arange(8) * 3.0, (1.0, 1.0))
     monkeypatch.setattr(train_protocol, "evaluation_sets", lambda data, sets: iter([
-        ("ct-ich, trained on", "049", volume, {"kernel": "soft", "region": "head"}, True),
-        ("dicom", "phantom/bone-1mm", volume, {"orientation": "axial"}, None),
-        ("simulated, held out", "0", volume, {"contrast": "contrast"}, None),
+        ("ct-ich, trained on", "049", volume, {"kernel": "soft", "region": "head"}, True, None),
+        ("dicom", "phantom/bone-1mm", volume, {"orientation": "axial"}, None, dict.fromkeys(HEADS)),
+        ("simulated, held out", "0", volume, {"contrast": "contrast"}, None, None),
     ]))  # fmt: skip
     answer = {head: np.linspace(0.6, 0.4, len(classes), dtype=np.float32) for head, classes in HEADS.items()}
     cases = train_protocol.evaluate(lambda batch: answer, None, ("all",), Console(quiet=True))
@@ -592,5 +592,6 @@ def test_decisions_of_the_protocol_model_become_cases_of_the_heads_whose_label_i
         ("phantom", "orientation", False, False, None, True),
         ("simulated, held out", "contrast", False, True, None, False),
     ]
+    assert [c.header for c in cases] == [None, None, "", None]
     assert [c.kernel for c in cases] == ["", "soft", "", ""]
     assert all(c.thickness_mm == 3.0 and Image.open(BytesIO(c.picture)).size == (384, 384) for c in cases)

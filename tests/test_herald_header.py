@@ -3,7 +3,7 @@
 import pytest
 from pydicom.dataset import Dataset
 
-from router.header import header_claim
+from herald.header import header_claim
 
 
 def claim(orientation: str = "axial", **elements: object) -> dict[str, str | None]:
