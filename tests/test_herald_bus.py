@@ -22,6 +22,7 @@ import herald.bus
 import herald.bus.kafka
 import herald.bus.sqlite
 from herald.bus import Bus, DeadLetter, Delivery, Handler, handle, open_bus
+from herald.bus.kafka import KafkaBus
 from herald.config import BusConfig
 from herald.errors import BusError, ConfigError, LedgerError, VolumeError
 from herald.events import Event, SeriesReceived, SeriesReviewed, SeriesTriaged, event_from_json
@@ -942,3 +943,23 @@ def test_kafka_that_was_never_there_is_named_at_the_first_use() -> None:
 def test_a_url_that_names_no_bus_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError, match=r"bus\.url"):
         open_bus(BusConfig(url=url))
+
+
+def test_a_consumer_that_never_gets_a_partition_joins_its_group_anew(
+    kafka_servers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("herald.bus.kafka.PATIENCE_S", 0.5)
+    bus = open_bus(BusConfig(url=f"kafka://{kafka_servers}/{tmp_path.name}."))
+    try:
+        assert isinstance(bus, KafkaBus)
+        assert bus.fetch("router", ("series",), timeout_s=0.1) is None
+        stuck = bus._consumers["router"]
+        monkeypatch.setattr(stuck._client, "assignment", set)  # as in a rebalance that does not end
+        monkeypatch.setattr(stuck._client, "poll", lambda **_: time.sleep(0.05) or {})
+        bus.publish(received("1.2.3"))
+        delivery = bus.fetch("router", ("series",), timeout_s=30.0)
+        assert delivery is not None
+        bus.ack(delivery)
+    finally:
+        bus.close()
+    assert "joining the group anew" in caplog.text

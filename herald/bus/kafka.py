@@ -9,6 +9,7 @@ import math
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -84,6 +85,10 @@ GROUP = {
 # The group went on without this consumer: the event is delivered again, to it or to another.
 LOST = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
 
+PATIENCE_S = 15.0
+"""A consumer without a partition for so long joins its group anew; each time it is given twice as long."""
+LONGEST_PATIENCE_S = 300.0
+
 Headers = list[tuple[str, bytes]]
 
 
@@ -109,6 +114,7 @@ class KafkaBus:
         self._producer: Any = None
         self._consuming = threading.RLock()
         self._consumers: dict[str, _Consumer] = {}
+        self._patience_s: dict[str, float] = defaultdict(lambda: PATIENCE_S)
         self._topics_exist = False
         self._closed = False
 
@@ -127,6 +133,12 @@ class KafkaBus:
                     delivery = self._delivery(consumer, record, group)
                     if delivery is not None:
                         return delivery
+                elif consumer.idle_s() > self._patience_s[group]:
+                    # kafka-python 3.0.12 can wait for ever for the end of a rebalance, under load one time in thirty
+                    log.warning("%s has been without a partition for long; joining the group anew", group)
+                    self._patience_s[group] = min(2 * self._patience_s[group], LONGEST_PATIENCE_S)
+                    self._forget(group)
+                    consumer = self._consumer(group, topics)
                 elif time.monotonic() >= deadline:
                     if time.monotonic() - consumer.heard_at > PROBE_EVERY_S:
                         self._probe()
@@ -358,7 +370,13 @@ class _Consumer:
         self._client = client
         self._out: set[TopicPartition] = set()
         self._attempts: dict[tuple[TopicPartition, int], int] = {}
-        self.heard_at = time.monotonic()
+        self.heard_at = self._assigned_at = time.monotonic()
+
+    def idle_s(self) -> float:
+        """How long it has held no partition: for ever where a group has more members than there are partitions."""
+        if self._client.assignment():
+            self._assigned_at = time.monotonic()
+        return time.monotonic() - self._assigned_at
 
     def subscribe(self, topics: list[str]) -> None:
         if self._client.subscription() != set(topics):
