@@ -145,7 +145,7 @@ class StudyStore:
             raise self._unwritable(sop_instance_uid, error) from error
         try:
             try:
-                _sync_folder(folder)  # of a repetition too: the first may still be on its way over another association
+                sync_folder(folder)  # of a repetition too: the first may still be on its way over another association
             except OSError as error:
                 raise self._unwritable(sop_instance_uid, error) from error
             yield stored
@@ -253,13 +253,18 @@ class StudyStore:
             parent = parent.parent
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
+
+
+def is_uid(value: object) -> bool:
+    """Whether it is one UID, of digits and points and at most 64 of them, and so fit for a path."""
+    return isinstance(value, str) and _UID.fullmatch(value) is not None
 
 
 def _require_uids(*uids: str) -> None:
     """Study, Series and SOP Instance UID, or the first of them."""
     for keyword, uid in zip(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"), uids, strict=False):
-        if not _UID.fullmatch(uid):
+        if not is_uid(uid):
             raise DicomError(f"{keyword} {uid!r} is not a UID (PS3.5 9.1); the sender must give one")
 
 
@@ -360,10 +365,11 @@ def _write_durably(path: Path, pieces: Iterable[memoryview]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path | str) -> None:
+def sync_folder(folder: Path | str) -> None:
+    """Bring the names in a folder to the disk; raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

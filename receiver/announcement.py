@@ -22,12 +22,12 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     ModalityPerformedProcedureStep,
 )
 
+from herald.store import is_uid
 from receiver.normalized import (
     NormalizedStatus,
     Refused,
     answer,
     decoded,
-    is_uid,
     required_sequence,
     required_uid,
     sequence,

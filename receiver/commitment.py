@@ -176,7 +176,8 @@ class CommitmentService:
         except TimeoutError as error:
             given_up.set()  # the sender is told to ask again, so this request must not be reported later
             raise Refused(NormalizedStatus.RESOURCE_LIMITATION, "the ledger does not answer; ask again") from error
-        except Exception as error:
+        except Exception as error:  # whatever the database has against this one statement
+            log.exception("the ledger refuses the request of %s for commitment", request.calling_ae_title)
             raise Refused(NormalizedStatus.PROCESSING_FAILURE, "the ledger refuses the request") from error
         if request.calling_ae_title in self._peers:
             with self._changed:

@@ -4,7 +4,6 @@ No value of a data set is logged but UIDs: these requests carry names.
 """
 
 import logging
-import re
 from collections.abc import Callable
 from enum import IntEnum
 from typing import TypeVar, cast
@@ -13,13 +12,12 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pynetdicom import evt
 
+from herald.store import is_uid
 from receiver.upper_layer import ReceivingAssociation
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_UID = re.compile(r"[0-9][0-9.]{0,63}")  # PS3.5 9.1, with leading zeros tolerated as in the store
 
 
 class NormalizedStatus(IntEnum):
@@ -111,11 +109,6 @@ def required_uid(ds: Dataset, keyword: str, invalid: NormalizedStatus) -> str:
     if not is_uid(value):
         raise Refused(invalid, f"{keyword} is not a UID (PS3.5 9.1)")
     return str(value)
-
-
-def is_uid(value: object) -> bool:
-    """Whether a value is one UID, of digits and points and at most 64 of them."""
-    return isinstance(value, str) and _UID.fullmatch(value) is not None
 
 
 def _missing(ds: Dataset, keyword: str) -> Refused:

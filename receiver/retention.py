@@ -12,7 +12,6 @@ A removal is three steps, each of which can be repeated, so that it may end anyw
 """
 
 import logging
-import os
 import re
 import shutil
 import threading
@@ -21,7 +20,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 from sqlalchemy import Connection, and_, case, func, insert, or_, select, update
@@ -31,7 +29,7 @@ from herald.errors import HeraldError, LedgerError, StoreError
 from herald.events import utc_now
 from herald.ledger import instances, pages, removals, results, series
 from herald.reconcile import REMOVING
-from herald.store import INSTANCE_SUFFIX, StudyStore
+from herald.store import INSTANCE_SUFFIX, StudyStore, sync_folder
 from receiver.record import Recorder
 
 log = logging.getLogger(__name__)
@@ -341,7 +339,7 @@ class Retention:
                 return None
             removal = Removal(study_instance_uid, reason, max(utc_now(), content.newest_at))
             folder.rename(self._store.root / removal.folder_name)
-            _sync_folder(self._store.root)
+            sync_folder(self._store.root)
             return removal, self._submit_record(removal)  # before whatever comes of the study from now on
 
     def finish_removals(self) -> None:
@@ -385,11 +383,3 @@ class Retention:
             except Exception as error:
                 raise LedgerError(f"the ledger refuses a statement of retention: {error}; report it") from error
         raise _Stopped
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """The upper layer of an association that receives (PS3.8), in one thread that blocks on its socket.
 
-pynetdicom runs two threads per association that poll; on the hot path they cost more than the network and the disk
-together (`benchmarks/receive.py`). Here the association's own thread reads PDUs, steps pynetdicom's state machine for
+pynetdicom runs two threads per association that poll, and reads 4 KB at a time; `benchmarks/receive.py` measures what
+comes of doing otherwise. Here the association's own thread reads PDUs, steps pynetdicom's state machine for
 all but C-STORE, and streams C-STORE data sets fragment by fragment to whoever takes them, so that memory does not grow
 with an instance. Negotiation, release, abort and every other DIMSE service are pynetdicom's own code.
 """
@@ -40,7 +40,7 @@ from receiver.command import C_STORE_RQ, StoreRequest, command_elements, command
 log = logging.getLogger(__name__)
 
 # PDU types (PS3.8 9.3)
-_ASSOCIATE_RQ, _P_DATA_TF, _ABORT = 0x01, 0x04, 0x07
+_P_DATA_TF, _ABORT = 0x04, 0x07
 _PDU_TYPES = range(0x01, 0x08)
 _PDU_HEADER = struct.Struct(">BxL")  # type, length
 _PDV_HEADER = struct.Struct(">LBB")  # length of what follows, presentation context id, message control header (annex E)
@@ -48,8 +48,6 @@ _COMMAND, _LAST = 1, 2  # bits of the message control header
 
 _DATA_TRANSFER = "Sta6"
 _CLOSED = "Sta1"
-_INVALID_PDU = "Evt19"
-_CONNECTION_CLOSED = "Evt17"
 
 _OPERATIONS: dict[type[ServiceClass], tuple[type, ...]] = {
     VerificationServiceClass: (C_ECHO,),

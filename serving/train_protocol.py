@@ -25,6 +25,7 @@ from herald.header import Claim, header_claim
 from herald.signatures import HEADS, IN_PLANE, PROTOCOL_SLICES
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, protocol_batch, read_datasets, volume_from_datasets
 from serving import readers
+from serving.evaluation import wilson
 from serving.evaluation_report import Case, picture, report, write_report
 from serving.phantom import (
     CONTRAST_PHASES,
@@ -539,16 +540,6 @@ def _simulated(i: int) -> tuple[Volume, Mapping[str, str]]:
     return series.volume, labels
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, square = successes / n, z * z
-    middle = (p + square / (2 * n)) / (1 + square / n)
-    half = z * np.sqrt(p * (1 - p) / n + square / (4 * n * n)) / (1 + square / n)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
-
-
 def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console) -> list[Case]:
     """Print every DICOM series and every wrong decision, then right ones by set and head; returns all as cases."""
     right: dict[str, dict[str, list[float]]] = {}
@@ -573,7 +564,7 @@ def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console
     for group, heads in right.items():
         for head, outcomes in heads.items():
             k, n = sum(v > 0 for v in outcomes), len(outcomes)
-            low, high = wilson(k, n)
+            _, low, high = wilson(k, n)
             table.add_row(group, head, f"{k}/{n}", f"{low:.3f} to {high:.3f}", f"{sum(v > 0.75 for v in outcomes)}/{n}")
     console.print(table)
     return cases

@@ -2,9 +2,7 @@
 
 import base64
 import json
-import os
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -502,29 +500,24 @@ def test_an_outline_surrounds_what_it_outlines():
 
 
 @pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_fits_a_telephone_and_a_desk(made, tmp_path, width):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = os.environ.get("HERALD_TEST_CHROMIUM", "/usr/bin/chromium")
-    if not shutil.which(chromium):
-        pytest.skip(f"no browser test without {chromium}; install Debian's package chromium")
+def test_the_page_fits_a_telephone_and_a_desk(made, tmp_path, width, chromium):
     write_report(tmp_path / "report.html", *made)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_context(viewport={"width": width, "height": 740}, offline=True).new_page()
-        complaints: list[str] = []
-        page.on("console", lambda said: complaints.append(said.text))
-        page.goto((tmp_path / "report.html").as_uri())
-        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        too_wide = page.evaluate(
-            "[document.documentElement, ...document.querySelectorAll('td, th, p, h4, figure, .task, li')]"
-            ".filter(e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth + 1)"
-            ".map(e => e.outerHTML.slice(0, 120))"
-        )
-        small = page.evaluate(
-            "Math.min(...[...document.querySelectorAll('main *:not(svg *)')]"
-            ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
-        )
-        browser.close()
+    context = chromium.new_context(viewport={"width": width, "height": 740}, offline=True)
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda said: complaints.append(said.text))
+    page.goto((tmp_path / "report.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    too_wide = page.evaluate(
+        "[document.documentElement, ...document.querySelectorAll('td, th, p, h4, figure, .task, li')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth + 1)"
+        ".map(e => e.outerHTML.slice(0, 120))"
+    )
+    small = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('main *:not(svg *)')]"
+        ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+    )
+    context.close()
     assert complaints == []
     assert too_wide == []
     assert small >= 11

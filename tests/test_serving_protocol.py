@@ -17,7 +17,7 @@ from herald.volume import protocol_batch, read_datasets, volume_from_datasets  #
 from serving import protocol  # noqa: E402
 from serving.phantom import simulate  # noqa: E402
 from serving.train import main as train_main  # noqa: E402
-from serving.train_protocol import BATCH, DICOM_SERIES, Sample, Source, finish, fit_to_atlas, wilson  # noqa: E402
+from serving.train_protocol import BATCH, DICOM_SERIES, Sample, Source, finish, fit_to_atlas  # noqa: E402
 
 DATA = Path("../shared/data")
 
@@ -133,12 +133,6 @@ def test_the_skull_is_found_in_a_stack() -> None:
     fit = fit_to_atlas(stack, 5.0)
     assert fit.top == 24
     assert (fit.front, fit.back, fit.left, fit.right) == pytest.approx((30, 170, 50, 150), abs=6)
-
-
-def test_wilson_intervals_match_published_values() -> None:
-    # Newcombe 1998, table I: 81/263 and 0/20
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=2e-4)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=2e-4)
 
 
 def test_training_names_the_models_when_asked_for_another(capsys: pytest.CaptureFixture[str]) -> None:
