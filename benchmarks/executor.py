@@ -1,8 +1,8 @@
 """Compare the executors of the model server on this machine: `python benchmarks/executor.py > executors.json`.
 
-Runs the SavedModels under --models, or, where there are none, the shipped architectures with untrained weights. The
-executors take turns within one process, because a machine's speed drifts: only the ratios hold, not the milliseconds.
-Differences are against TensorFlow on the same input, in probability (mask: of 255).
+Runs the SavedModels under --models (`make models`). The executors take turns within one process, because a machine's
+speed drifts: only the ratios hold, not the milliseconds. Differences are against TensorFlow on the same input, in
+probability (mask: of 255).
 """
 
 import argparse
@@ -11,7 +11,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,38 +35,6 @@ def head(depth: int) -> np.ndarray:
     bleed = (z**2 + (y - 0.2) ** 2 + (x + 0.3) ** 2) < 0.02
     hounsfield = np.select([radius < 0.75, radius < 0.85], [np.where(bleed, 68, 32), 900], -1000)
     return (hounsfield + np.random.default_rng(0).normal(0, 6, hounsfield.shape)).astype(np.int16)
-
-
-def write_stand_ins(root: Path) -> None:
-    """The shipped architectures, untrained, with the signatures of the contract."""
-    import keras
-    import tensorflow as tf
-
-    from serving import hemorrhage, protocol
-
-    def export(model: keras.Model, name: str, serve: Callable[..., Any], shape: tuple[int | None, ...]) -> None:
-        archive = keras.export.ExportArchive()
-        archive.track(model)
-        archive.add_endpoint(SIGNATURE_NAME, serve, input_signature=[tf.TensorSpec(shape, tf.int16, name="volume")])
-        archive.write_out(str(root / name / "1"), verbose=False)
-
-    keras.utils.set_random_seed(0)
-    classifier, detector = protocol.build(), hemorrhage.build()
-
-    def detect(volume: Any) -> dict[str, Any]:
-        padded = tf.pad(volume, ((2, 2), (0, 0), (0, 0)), constant_values=-1024)
-        outputs = detector(padded[None], training=False)
-        slices = tf.sigmoid(outputs["slice"][0])  # (D, C)
-        mask = tf.cast(tf.round(tf.sigmoid(outputs["mask"][0]) * 255), tf.uint8)
-        return {"mask": mask, "slice_probability": slices, "probability": tf.reduce_max(slices, axis=0)}
-
-    export(
-        classifier,
-        PROTOCOL.model,
-        lambda volume: classifier(volume, training=False),
-        PROTOCOL.inputs["volume"].shape,
-    )
-    export(detector, HEMORRHAGE.model, detect, (None, IN_PLANE, IN_PLANE))
 
 
 def timed(executor: Executor, volume: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
@@ -127,18 +94,16 @@ def main() -> None:
         PROTOCOL.model: (head(PROTOCOL_SLICES)[None], np.stack([head(PROTOCOL_SLICES)] * 3)),
         HEMORRHAGE.model: (head(arguments.slices), head(arguments.slices + 1)),
     }
-    report: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
-    with tempfile.TemporaryDirectory() as scratch:
-        root = arguments.models
-        report["weights"] = "exported"
-        if any(latest(root, name) is None for name in inputs):
-            print(f"no models in {root}: using untrained ones", file=sys.stderr)
-            root, report["weights"] = Path(scratch), "untrained"
-            write_stand_ins(root)
-        report["models"] = {
-            name: compare(latest(root, name), volume, other, arguments.threads, arguments.repeats)
-            for name, (volume, other) in inputs.items()
-        }
+    report: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "models": {},
+    }
+    for name, (volume, other) in inputs.items():
+        folder = latest(arguments.models, name)
+        if folder is None:
+            raise SystemExit(f"no model {name} in {arguments.models}; export it: make models")
+        report["models"][name] = compare(folder, volume, other, arguments.threads, arguments.repeats)
     json.dump(report, sys.stdout, indent=2)
     print()
 

@@ -211,7 +211,7 @@ def _read_until(encoded: BinaryIO, syntax: UID, first_unread: int) -> _Found:
 def _walk(encoded: bytes, explicit: bool) -> _Found:
     """Go from element to element (PS3.5 7.1), little endian, and keep what the header is made of.
 
-    On the way of every image, where pydicom takes four times as long. Raises ValueError or struct.error for anything
+    On the way of every image, where pydicom takes several times as long. Raises ValueError or struct.error for anything
     that is not plainly well-formed.
     """
     if not explicit and encoded[4:6] in _VRS:

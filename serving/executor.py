@@ -1,9 +1,9 @@
 """What runs a SavedModel: OpenVINO where it can read the model, else TensorFlow.
 
 `python benchmarks/executor.py` compares them on this machine's models. Against TensorFlow, OpenVINO took 0.6 to 0.8 of
-the time for the protocol network in f32 and 0.3 to 0.4 in bf16; for a hybrid of 3D convolutions the same in f32 and
-half in bf16; for a hybrid that folds slices into the batch twice the time, because the layout is turned at every fold.
-It needs neither TensorFlow's seconds of start-up nor its half gigabyte.
+the time for the protocol network in f32 and 0.3 to 0.4 in bf16. A hybrid that folds slices into the batch was slower,
+because the layout is turned at every fold, so the detector is exported without folds (`serving.whole_volume`).
+OpenVINO needs neither TensorFlow's seconds of start-up nor its half gigabyte.
 """
 
 import logging

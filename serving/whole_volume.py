@@ -1,4 +1,4 @@
-"""The haemorrhage detector over one whole volume, as 2D operations on slices: the same numbers in a third of the time.
+"""The haemorrhage detector over one whole volume, as 2D operations on slices: the same numbers, sooner.
 
 `serving.hemorrhage` defines and trains the network on batches of crops, in five dimensions. Served, it sees one volume
 at a time, so that slices can stand where a batch stands and nothing has to be folded, which is where runtimes spend

@@ -134,7 +134,7 @@ class KafkaBus:
                     if delivery is not None:
                         return delivery
                 elif consumer.idle_s() > self._patience_s[group]:
-                    # kafka-python 3.0.12 can wait for ever for the end of a rebalance, under load one time in thirty
+                    # kafka-python 3.0.12 can wait for ever for the end of a rebalance
                     log.warning("%s has been without a partition for long; joining the group anew", group)
                     self._patience_s[group] = min(2 * self._patience_s[group], LONGEST_PATIENCE_S)
                     self._forget(group)
