@@ -38,6 +38,7 @@ from sqlalchemy.types import TypeDecorator
 
 from herald.config import LedgerConfig
 from herald.errors import ConfigError, LedgerError
+from herald.wal import use_wal
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -262,6 +263,7 @@ audit = Table(
 Index("ix_pages_open", pages.c.state, pages.c.due_at)
 
 
+BUSY_S = 30.0
 _CREATION_LOCK = 0x4865726C  # any number that nobody else locks in this database
 
 
@@ -363,7 +365,7 @@ def _engine(url: str) -> Engine:
         if not url.startswith("sqlite"):
             return create_engine(url, pool_pre_ping=True)
         # one connection per use: SQLite connections are cheap, and a pool would keep files of a removed ledger open
-        engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": 30})
+        engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_S})
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise ConfigError(
             f"ledger.url cannot be used: {error}; use sqlite:///FILE or postgresql+psycopg://…"
@@ -371,8 +373,7 @@ def _engine(url: str) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _durable(connection: Any, _record: object) -> None:
-        connection.execute("pragma journal_mode = wal")
+        use_wal(connection, BUSY_S)
         connection.execute("pragma synchronous = full")
-        connection.execute("pragma busy_timeout = 30000")
 
     return engine

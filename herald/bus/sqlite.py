@@ -23,6 +23,7 @@ from pathlib import Path
 from herald.bus import DeadLetter, Delivery, decode
 from herald.errors import BusError, EventDecodeError
 from herald.events import Event, utc_now
+from herald.wal import use_wal
 
 LEASE_S = 30.0
 POLL_S = 0.004
@@ -279,7 +280,7 @@ class SqliteBus:
         if self._connection is None:
             db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
-                db.execute("PRAGMA journal_mode = WAL")
+                use_wal(db, BUSY_S)
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("BEGIN IMMEDIATE")
                 (version,) = db.execute("PRAGMA user_version").fetchone()
