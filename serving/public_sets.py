@@ -20,7 +20,7 @@ import re
 import sqlite3
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +168,7 @@ def _rsna_index(folder: Path) -> sqlite3.Connection:
 
 
 def _rsna_labels(path: Path) -> Iterator[tuple[str, int, int]]:
-    for line, row in _rows(path, ("ID", "Label")):
+    for line, row in table_rows(path, ("ID", "Label")):
         name, _, subtype = row["ID"].rpartition("_")
         if subtype not in RSNA_SUBTYPES:
             raise ConfigError(
@@ -231,7 +231,7 @@ def _cq500_reads(folder: Path) -> dict[int, tuple[int, dict[str, str]]]:
     path = _file(folder, ("reads.csv",))
     columns = [f"{r}:{kind}" for r in CQ500_READERS for kinds in CQ500_FINDINGS.values() for kind in kinds]
     reads = {}
-    for line, row in _rows(path, ("name", *columns)):
+    for line, row in table_rows(path, ("name", *columns)):
         name = re.fullmatch(r"CQ500-CT-(\d+)", row["name"].strip())
         if name is None:
             raise ConfigError(f"{path}, line {line}: name {row['name']!r} is not CQ500-CT-n; download the file again")
@@ -354,7 +354,7 @@ def read_ct_ich_nifti(folder: Path, patient: str) -> LabelledVolume:
     mask = labels.values > 0
     stored = np.full((len(mask), len(FINDINGS)), UNKNOWN, dtype=np.uint8)
     columns = [column for kinds in CT_ICH_NIFTI_KINDS.values() for column in kinds]
-    for line, row in _rows(path, ("PatientNumber", "SliceNumber", *columns)):
+    for line, row in table_rows(path, ("PatientNumber", "SliceNumber", *columns)):
         if row["PatientNumber"].strip().zfill(3) != patient:
             continue
         number = row["SliceNumber"].strip()
@@ -420,16 +420,6 @@ def read_site(folder: Path, series: str) -> LabelledVolume:
         raise ConfigError(f"{folder / 'series.csv'} has no series {series}; it has {', '.join(list(rows)[:5])}, …")
     line, row = rows[series]
     table = folder / "series.csv"
-    source = folder / row["path"]
-    if not source.is_dir():
-        raise ConfigError(f"{table}, line {line}: {source} is not a folder; correct the path")
-    paths = sorted(p for p in source.rglob("*") if p.is_file() and p.name != "DICOMDIR" and not p.name.startswith("."))
-    headers = [_header(path) for path in paths]
-    found = Counter(str(header.get("SeriesInstanceUID", "")) for header in headers)
-    if len(found) != 1:
-        raise ConfigError(
-            f"{table}, line {line}: {source} holds {len(found)} DICOM series; name a folder that holds one"
-        )
     study_truth = np.full(len(FINDINGS), UNKNOWN, dtype=np.uint8)
     study_truth[0] = _flag(table, line, row, "label")
     for c, kind in enumerate(FINDINGS[1:], start=1):
@@ -440,16 +430,36 @@ def read_site(folder: Path, series: str) -> LabelledVolume:
             raise ConfigError(f"{table}, line {line}: label is 0, yet a kind of haemorrhage is 1; correct one of them")
         study_truth[:] = 0
     child = bool(_flag(table, line, row, "child")) if (row.get("child") or "").strip() else None
+    volume, patient = site_volume(table, line, row)
+    return _of_study("site", patient, volume, study_truth, child)
+
+
+def site_volume(table: Path, line: int, row: Mapping[str, str]) -> tuple[Volume, str]:
+    """The one DICOM series in the folder that the cell `path` of a row names, and its patient.
+
+    Paths are absolute or from the folder of `table`. The patient is the cell `patient`, else a digest of PatientID.
+    Raises ConfigError.
+    """
+    source = table.parent / row["path"]
+    if not source.is_dir():
+        raise ConfigError(f"{table}, line {line}: {source} is not a folder; correct the path")
+    paths = sorted(p for p in source.rglob("*") if p.is_file() and p.name != "DICOMDIR" and not p.name.startswith("."))
+    headers = [_header(path) for path in paths]
+    found = Counter(str(header.get("SeriesInstanceUID", "")) for header in headers)
+    if len(found) != 1:
+        raise ConfigError(
+            f"{table}, line {line}: {source} holds {len(found)} DICOM series; name a folder that holds one"
+        )
     identity = str(headers[0].get("PatientID", "")) or str(paths[0])
     patient = (row.get("patient") or "").strip() or hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
     volume, _ = _dicom_volume(paths)
-    return _of_study("site", patient, volume, study_truth, child)
+    return volume, patient
 
 
 def _site_rows(folder: Path) -> dict[str, tuple[int, dict[str, str]]]:
     path = _file(folder, ("series.csv",))
     rows: dict[str, tuple[int, dict[str, str]]] = {}
-    for line, row in _rows(path, ("path", "label")):
+    for line, row in table_rows(path, ("path", "label")):
         name = re.sub(r"[^\w.-]+", "-", row["path"]).strip("-")
         if name in rows:
             raise ConfigError(f"{path}, line {line}: {row['path']} is listed before; take one row out")
@@ -526,7 +536,7 @@ def _file(folder: Path, names: Sequence[str]) -> Path:
     raise ConfigError(f"{folder / names[0]} is missing; it belongs to the set: put it there")
 
 
-def _rows(path: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
+def table_rows(path: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and row of a CSV that must have `columns`, one at a time."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
