@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -24,12 +25,13 @@ from serving.phantom import (
     write_demo_study,
     write_phantoms,
 )
-from serving.phantom.anatomy import Subject, atlas
+from serving.phantom.anatomy import HEAD_ORIGIN, Build, Subject, atlas, draw_build
+from serving.phantom.mimics import MIMICS, draw_mimics, paint_mimics
 
 
 @pytest.fixture(scope="module")
 def plain() -> Subject:
-    return make_subject(np.random.default_rng(4))
+    return make_subject(np.random.default_rng(4), build=Build(), mimics=())
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,63 @@ def test_every_kind_of_bleed_fills_its_own_channel(kind: str) -> None:
     series = simulate(1, findings={kind: 12.0}, slices=20, matrix=96)
     marked = {name for c, name in enumerate(FINDINGS) if series.truth[..., c].any()}
     assert marked == {"any", "edh_sdh" if kind == "edh" else kind}
+
+
+def painted(head: Subject, mimic: str, seed: int) -> NDArray[np.float32]:
+    hounsfield = head.hounsfield.astype(np.float32)
+    paint_mimics(np.random.default_rng(seed), hounsfield, Build(), (mimic,))
+    return hounsfield
+
+
+@pytest.mark.parametrize("mimic", MIMICS)
+def test_every_mimic_changes_its_part_of_the_head(plain: Subject, mimic: str) -> None:
+    changed = np.abs(painted(plain, mimic, 8) - plain.hounsfield) > 2
+    assert 8 < changed.sum() < 500_000
+
+
+def test_mimics_are_named_and_are_no_blood() -> None:
+    series = simulate(5, mimics=list(MIMICS), build=Build(), slices=8, matrix=64)
+    assert not series.truth.any()
+    assert series.mimics == tuple(MIMICS)
+
+
+def test_choroid_plexus_is_calcified_in_the_atria_of_the_ventricles(plain: Subject) -> None:
+    sides = np.zeros(2)
+    for seed in range(4):
+        dense = (painted(plain, "choroid", seed) > 70) & (plain.hounsfield < 60)
+        z, y, x = (np.argwhere(dense) + np.asarray(HEAD_ORIGIN)).T
+        glomus = (np.abs(z - 6) < 16) & (np.abs(y - 40) < 16)
+        assert glomus.mean() > 0.7
+        sides += [(x[glomus] < -12).any(), (x[glomus] > 12).any()]
+    assert (sides >= 2).all()
+
+
+def test_mimics_and_build_follow_age_and_seed() -> None:
+    assert draw_mimics(np.random.default_rng(1), "old") == draw_mimics(np.random.default_rng(1), "old")
+    drawn = [draw_mimics(np.random.default_rng(seed), age) for age in ("infant", "old") for seed in range(200)]
+    infants, old = drawn[:200], drawn[200:]
+    share = {name: (np.mean([name in d for d in infants]), np.mean([name in d for d in old])) for name in MIMICS}
+    assert share["choroid"][0] < 0.1 < 0.5 < share["choroid"][1]
+    assert share["dense_dura"][0] > share["dense_dura"][1]
+    builds = [draw_build(np.random.default_rng(seed)) for seed in range(200)]
+    assert max(b.size for b in builds if b.age == "infant") < min(b.size for b in builds if b.age == "old")
+
+
+def test_an_infant_has_a_small_head_with_a_thin_open_skull() -> None:
+    adult = make_subject(np.random.default_rng(2), build=Build(), mimics=())
+    infant = make_subject(
+        np.random.default_rng(2), build=Build("infant", 0.7, 0.4, suture_mm=2.0, fontanelle_mm=10.0), mimics=()
+    )
+    z = int(60 - HEAD_ORIGIN[0])
+    assert (infant.hounsfield[z] > 300).sum() < 0.7 * (adult.hounsfield[z] > 300).sum()
+    assert infant.extent_mm[1] < adult.extent_mm[1]
+    at_bregma = np.s_[z:, 95:105, 100:108]  # x from -4, y from -19
+    assert (infant.hounsfield[at_bregma] > 300).mean() < 0.5 * (adult.hounsfield[at_bregma] > 300).mean()
+
+
+def test_unknown_mimics_are_named_in_the_error() -> None:
+    with pytest.raises(ValueError, match="hat"):
+        simulate(1, mimics=["hat"])
 
 
 def test_an_unknown_kind_of_bleed_is_named_in_the_error() -> None:

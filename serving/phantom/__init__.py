@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from herald.signatures import FINDINGS
 from herald.volume import Volume
 from serving.dicom_writer import Origin, seeded_uid, write_dicom_series
-from serving.phantom.anatomy import HEAD_ORIGIN, Float, Subject, head, plastic_skull
+from serving.phantom.anatomy import HEAD_ORIGIN, Build, Float, Subject, draw_build, head, plastic_skull
 from serving.phantom.bodies import body
 from serving.phantom.haemorrhage import KINDS, bleed
+from serving.phantom.mimics import draw_mimics, paint_mimics
 from serving.phantom.scanner import Acquisition, plane_axes, scan
 
 OTHER_REGIONS = ("trunk", "neck", "limb", "test_object")
@@ -26,10 +27,7 @@ OTHER_REGIONS = ("trunk", "neck", "limb", "test_object")
 
 @dataclass(frozen=True, eq=False)
 class SimulatedSeries:
-    """One simulated series: `volume`, voxel `truth` bool (D, H, W, len(FINDINGS)), and the label of each protocol head.
-
-    `corner_mm` and `axes` place it: centre of the first pixel (x, y, z), and the row and column direction cosines.
-    """
+    """One simulated series: `volume`, voxel `truth` bool (D, H, W, len(FINDINGS)), and labels by protocol head."""
 
     volume: Volume
     truth: NDArray[np.bool_]
@@ -37,6 +35,7 @@ class SimulatedSeries:
     acquisition: Acquisition
     image_positions_mm: NDArray[np.float64]  # (D, 3) patient x, y, z of the first pixel
     image_orientation: tuple[float, ...]  # six direction cosines
+    mimics: tuple[str, ...] = ()  # what is in the subject beside bleeding
 
     @property
     def volumes_ml(self) -> dict[str, float]:
@@ -56,6 +55,8 @@ def simulate(
     orientation: str = "axial",
     kernel: str = "soft",
     findings: Mapping[str, float] | None = None,
+    build: Build | None = None,
+    mimics: Sequence[str] | None = None,
     slices: int | None = None,
     matrix: int = 512,
     **acquisition: object,
@@ -63,12 +64,22 @@ def simulate(
     """Simulate one series, the same for the same arguments; what is not asked for is drawn at random from `seed`.
 
     `region` head, skull (of plastic) or one of OTHER_REGIONS; `contrast` non_contrast, arterial, venous or delayed;
-    `findings` maps kinds of bleed (iph, ivh, sah, sdh, edh) to target volumes in ml; further keywords are fields of
-    `Acquisition`. Raises ValueError for an unknown kind of bleed.
+    `findings` maps kinds of bleed (iph, ivh, sah, sdh, edh) to target volumes in ml, none by default; `mimics` names
+    what else is in the head (`serving.phantom.mimics.MIMICS`); further keywords are fields of `Acquisition`. Raises
+    ValueError for an unknown kind of bleed or mimic.
     """
     for_subject, rng = np.random.default_rng(seed).spawn(2)  # so that another subject is scanned alike
-    subject = make_subject(for_subject, region=region, contrast=contrast, findings=findings)
-    chosen = draw_acquisition(rng, subject, orientation=orientation, kernel=kernel, slices=slices, matrix=matrix)
+    subject = make_subject(for_subject, region=region, contrast=contrast, findings=findings, build=build, mimics=mimics)
+    thickness = acquisition.get("thickness_mm")
+    chosen = draw_acquisition(
+        rng,
+        subject,
+        orientation=orientation,
+        kernel=kernel,
+        slices=slices,
+        matrix=matrix,
+        thickness_mm=float(thickness) if isinstance(thickness, int | float) else None,
+    )
     return acquire(subject, replace(chosen, **acquisition), rng)  # type: ignore[arg-type]
 
 
@@ -78,30 +89,41 @@ def make_subject(
     region: str = "head",
     contrast: str = "non_contrast",
     findings: Mapping[str, float] | None = None,
+    build: Build | None = None,
+    mimics: Sequence[str] | None = None,
 ) -> Subject:
     """Compose something to scan; about a second. Several series may be acquired of one subject."""
     if region in OTHER_REGIONS:
         return body(rng, region, contrast)
     if region == "skull":
-        return _head_subject(plastic_skull(rng), None, "non_contrast")
+        return _head_subject(plastic_skull(rng), None, "non_contrast", Build(), ())
     unknown = set(findings or {}) - set(KINDS)
     if unknown:
         raise ValueError(f"unknown kinds of bleed {sorted(unknown)}; known are {', '.join(KINDS)}")
-    hounsfield, fluid = head(rng, contrast)
-    truth = bleed(rng, hounsfield, fluid, findings) if findings else None
-    return _head_subject(hounsfield, truth, contrast)
+    for_variety = rng.spawn(1)[0]  # so that the rest is drawn alike with and without
+    build = draw_build(for_variety) if build is None else build
+    mimics = draw_mimics(for_variety, build.age) if mimics is None else tuple(mimics)
+    hounsfield, fluid = head(rng, contrast, build)
+    paint_mimics(for_variety, hounsfield, build, mimics)
+    grown = {kind: volume_ml / build.size**3 for kind, volume_ml in (findings or {}).items()}
+    truth = bleed(rng, hounsfield, fluid, grown) if grown else None
+    return _head_subject(hounsfield, truth, contrast, build, mimics)
 
 
-def _head_subject(hounsfield: Float, truth: NDArray[np.uint8] | None, contrast: str) -> Subject:
+def _head_subject(
+    hounsfield: Float, truth: NDArray[np.uint8] | None, contrast: str, build: Build, mimics: Sequence[str]
+) -> Subject:
+    z, y, x = (v * build.size for v in HEAD_ORIGIN)
     return Subject(
         hounsfield=np.clip(np.rint(hounsfield), -1024, 3071).astype(np.int16),
         truth=truth,
-        origin_mm=HEAD_ORIGIN,
-        spacing_mm=1.0,
-        extent_mm=(-78.0, 92.0),
-        field_mm=215.0,
+        origin_mm=(z, y, x),
+        spacing_mm=build.size,
+        extent_mm=(-78.0 * build.size, 92.0 * build.size),
+        field_mm=215.0 * build.size,
         region="head",
         contrast="non_contrast" if contrast == "non_contrast" else "contrast",
+        mimics=(*mimics, *(() if build.age == "adult" else (build.age,))),
     )
 
 
@@ -113,6 +135,7 @@ def draw_acquisition(
     kernel: str = "soft",
     slices: int | None = None,
     matrix: int = 512,
+    thickness_mm: float | None = None,
 ) -> Acquisition:
     """Draw how a subject is scanned: coverage, thickness, field of view, pose, noise, as clinical protocols vary."""
     is_head = subject.region == "head"
@@ -126,6 +149,7 @@ def draw_acquisition(
         low, high = max(low, middle - half), min(high, middle + half)
     thin = rng.random() < (0.6 if kernel == "bone" else 0.3)
     thickness = float(rng.choice([0.75, 1.0, 1.25, 2.0]) if thin else rng.choice([2.5, 3.0, 4.0, 5.0, 5.0, 6.0, 7.5]))
+    thickness = thickness_mm or thickness
     reach = {"axial": high - low, "coronal": rng.uniform(120, 190), "sagittal": rng.uniform(90, 150)}[orientation]
     spacing = reach / slices if slices else thickness
     count = slices or max(8, round(reach / thickness))
@@ -134,8 +158,11 @@ def draw_acquisition(
         field *= 1.08
     z, y = ((low + high) / 2, 12.0) if is_head else ((low + high) / 2, 0.0)
     angle = rng.normal(0, 1, 3) * ((9, 4, 7) if is_head else (3, 2, 3))
-    soft_noise = rng.uniform(2.0, 5.5) * (5 / max(thickness, 0.75)) ** 0.45
+    if is_head and rng.random() < 0.2:  # a head that could not be laid straight
+        angle += rng.choice([-1, 1], 3) * rng.uniform((0, 4, 8), (14, 15, 25))
+    soft_noise = np.exp(rng.normal(np.log(3.2), 0.28)) * (5 / max(thickness, 0.75)) ** 0.45  # as measured in real heads
     sharp_noise = rng.uniform(14, 45) * (5 / max(thickness, 0.75)) ** 0.45
+    off_centre = rng.normal(0, rng.choice([5, 15], p=[0.8, 0.2]) if is_head else 5, 2)
     return Acquisition(
         orientation=orientation,
         kernel=kernel,
@@ -144,7 +171,7 @@ def draw_acquisition(
         slices=int(count),
         matrix=matrix,
         field_mm=float(field),
-        centre_mm=(float(z + rng.normal(0, 3)), float(y + rng.normal(0, 5)), float(rng.normal(0, 5))),
+        centre_mm=(float(z + rng.normal(0, 3)), float(y + off_centre[0]), float(off_centre[1])),
         tilt_deg=float(rng.uniform(-24, 24)) if is_head and orientation == "axial" and rng.random() < 0.4 else 0.0,
         pose_deg=(float(angle[0]), float(angle[1]), float(angle[2])),
         scale=tuple(float(v) for v in rng.uniform(0.9, 1.08, 3)),  # type: ignore[arg-type]
@@ -192,6 +219,7 @@ def acquire(
         acquisition=acquisition,
         image_positions_mm=corners[:, ::-1].copy(),
         image_orientation=(*right[::-1].tolist(), *down[::-1].tolist()),
+        mimics=subject.mimics,
     )
 
 
@@ -287,6 +315,8 @@ def write_demo_study(out: Path, seed: int = 7) -> list[dict[str, object]]:
         series = simulate(
             200 + seed + i,  # of the default seed the bleed is bright and lies deep, as a demo's should
             findings=findings,
+            build=Build(),
+            mimics=(),
             slices=30,
             thickness_mm=5.0,
             spacing_mm=5.0,

@@ -38,6 +38,62 @@ class Subject:
     field_mm: float  # in-plane size of the object
     region: str
     contrast: str
+    mimics: tuple[str, ...] = ()  # what is in it beside bleeding
+
+
+@dataclass(frozen=True)
+class Build:
+    """How one head is built; the defaults are a middle-aged adult's. Lengths in mm."""
+
+    age: str = "adult"  # infant, child, adult or old
+    size: float = 1.0  # of the head, against an adult's
+    bone: float = 1.0  # thickness of the skull against an adult's
+    suture_mm: float = 0.0  # width of open sutures
+    fontanelle_mm: float = 0.0  # radius of the anterior fontanelle
+    atrophy_mm: float = 0.0  # by which the brain has drawn back from the inner table
+    sulci: float = 1.0  # how much fluid there is in them
+    ventricle_mm: float = 0.0  # by which the ventricles are widened
+    asymmetry: float = 0.0  # of the ventricles: -1 all of it at the right, 1 at the left
+    white_drop: float = 0.0  # HU by which white matter is darker, as before myelination
+
+
+def draw_build(rng: np.random.Generator) -> Build:
+    """Draw age and what goes with it; old heads as often as they are scanned."""
+    age = str(rng.choice(["infant", "child", "adult", "old"], p=[0.08, 0.10, 0.42, 0.40]))
+    asymmetry = float(np.clip(rng.normal(0, 0.35), -0.9, 0.9))
+    if age == "infant":
+        return Build(
+            age,
+            size=float(rng.uniform(0.66, 0.88)),
+            bone=float(rng.uniform(0.3, 0.55)),
+            suture_mm=float(rng.uniform(0.8, 2.5)),
+            fontanelle_mm=float(rng.choice([0, rng.uniform(5, 14)])),
+            atrophy_mm=float(rng.choice([0, rng.uniform(0, 3)])),
+            sulci=float(rng.uniform(0.7, 1.4)),
+            ventricle_mm=float(rng.uniform(0, 1.5)),
+            asymmetry=asymmetry,
+            white_drop=float(rng.uniform(2, 7)),
+        )
+    if age == "child":
+        return Build(
+            age,
+            size=float(rng.uniform(0.85, 0.98)),
+            bone=float(rng.uniform(0.5, 0.9)),
+            suture_mm=float(rng.choice([0, 0.8])),
+            sulci=float(rng.uniform(0.5, 1.0)),
+            asymmetry=asymmetry,
+            white_drop=float(rng.uniform(0, 2)),
+        )
+    much = 0.5 if age == "adult" else 1.0
+    return Build(
+        age,
+        size=float(rng.uniform(0.94, 1.05)),
+        bone=float(rng.uniform(0.85, 1.25)),
+        atrophy_mm=much * float(rng.exponential(1.2)),
+        sulci=1 + much * float(rng.uniform(0, 1.2)),
+        ventricle_mm=much * float(rng.choice([rng.uniform(0, 5), rng.uniform(4, 9)], p=[0.88, 0.12])),
+        asymmetry=asymmetry,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +107,9 @@ class Atlas:
     depth: Float  # mm outside (+) or inside (-) the cranial cavity
     outer: Float  # the same of its convex outline, which the outer table of the skull follows
     ventricle: Bool
+    ventricle_mm: Float  # signed distance to the lateral ventricles, up to some centimetres
     falx: Bool
+    tentorium: Bool
     arteries: Float  # 0..1 filling
     veins: Float
     choroid: Float
@@ -91,6 +149,7 @@ def atlas() -> Atlas:
         tube([(14, 0, side * 18), (12, 22, side * 24), (0, 34, side * 28)], 2.4, choroid)
         for dz, dx in ((0, 0), (9, 0), (-9, 0), (0, 10), (0, -10)):  # optic nerve and four muscles
             tube([(-30 + dz, -60, side * (30.0 + dx)), (-30, -26, side * 18.0)], 1.8, muscles)
+    lateral = ventricle & (z > -12) & (np.abs(x) < 40) & (np.hypot(y - 26, z) > 12)  # not the cisterns behind
     return Atlas(
         grey=grey,
         white=white,
@@ -99,7 +158,9 @@ def atlas() -> Atlas:
         depth=depth,
         outer=outer,
         ventricle=ventricle,
+        ventricle_mm=_around(lateral),
         falx=falx,
+        tentorium=_tentorium(depth),
         arteries=arteries,
         veins=veins,
         choroid=choroid,
@@ -143,6 +204,44 @@ def _depth(brain: Bool, closing: float, margin: float, step: int) -> Float:
     filled = distance(distance(~coarse) < closing + margin) > closing
     signed = ndimage.gaussian_filter(np.where(filled, -distance(filled), distance(~filled)), 2.0 / step)
     return grow(signed[room:-room, room:-room, room:-room], HEAD_SHAPE)
+
+
+def _around(mask: Bool) -> Float:
+    """Signed distance in mm to `mask` in the middle of the grid; 99 elsewhere."""
+    box = (slice(100, 215), slice(30, 215), slice(35, 175))
+    out = np.full(HEAD_SHAPE, 99, np.float32)
+    inside = mask[box]
+    distance = ndimage.distance_transform_edt(~inside) - ndimage.distance_transform_edt(inside)
+    out[box] = ndimage.gaussian_filter(distance.astype(np.float32), 1.0)
+    return out
+
+
+TENTORIUM_MM = np.array(  # height over (y 20, 30, 45, 60, 75, 90, 100) and |x| (0, 10, 20, 30, 40, 52, 64)
+    [
+        [8, -2, -18, -34, -40, -42, -42],
+        [8, -2, -19, -29, -36, -38, -38],
+        [4, -6, -16, -22, -29, -32, -32],
+        [1, -7, -14, -19, -23, -25, -27],
+        [-5, -12, -17, -19, -21, -23, -25],
+        [-12, -17, -20, -20, -20, -21, -23],
+        [-15, -18, -20, -20, -20, -20, -20],
+    ],
+    np.float32,
+)
+
+
+def _tentorium(depth: Float) -> Bool:
+    """The tent between cerebrum and cerebellum, from its free edge to the transverse sinuses, about 2 mm thick."""
+    _, y, x = axes()
+    rows = np.interp(y.ravel(), (20, 30, 45, 60, 75, 90, 100), range(7))
+    columns = np.interp(np.abs(x).ravel(), (0, 10, 20, 30, 40, 52, 64), range(7))
+    height = ndimage.map_coordinates(TENTORIUM_MM, np.meshgrid(rows, columns, indexing="ij"), order=1)
+    height = ndimage.gaussian_filter(height, 2.0)
+    edge = 18 * np.sqrt(np.clip(1 - ((y[0] - 12) / 30) ** 2, 0, 1))  # of the incisura, beside the midbrain
+    there = (np.abs(x[0]) >= edge) & (y[0] > 14) & (y[0] < 104)
+    z = axes()[0]
+    sheet: Bool = (np.abs(z - height) < 1.1) & there & (depth < 1)
+    return sheet
 
 
 def grow(small: Float, shape: Sequence[int]) -> Float:
@@ -219,7 +318,7 @@ def _vessels(depth: Float) -> tuple[Float, Float]:
     tube([(12, 38, 0), (5, 65, 0), (-6, 98, 0)], 2.2, veins)
     rng = np.random.default_rng(3)
     tube(
-        [_on_surface(depth, np.array([np.sin(t), -np.cos(t), 0.0]), -1.0) for t in np.linspace(0.25, 3.3, 24)],
+        [on_surface(depth, np.array([np.sin(t), -np.cos(t), 0.0]), -1.0) for t in np.linspace(0.25, 3.3, 24)],
         3.4,
         veins,
     )
@@ -229,14 +328,14 @@ def _vessels(depth: Float) -> tuple[Float, Float]:
         drift = rng.standard_normal(3) * 0.09
         walk, below = [], rng.uniform(-7, -1.5)
         for _step in range(9):
-            walk.append(_on_surface(depth, direction, below))
+            walk.append(on_surface(depth, direction, below))
             drift += rng.standard_normal(3) * 0.05
             direction = direction / np.linalg.norm(direction) + drift
         tube(walk, rng.uniform(0.6, 1.1), veins if rng.random() < 0.5 else arteries)
     return arteries, veins
 
 
-def _on_surface(depth: Float, direction: NDArray[np.float64], level: float) -> Point:
+def on_surface(depth: Float, direction: NDArray[np.float64], level: float) -> Point:
     """Where the ray from the middle of the brain along `direction` (z, y, x) reaches a depth of `level` mm."""
     centre = np.array([5.0, 18.0, 0.0])
     ray = centre + np.linspace(20, 110, 120)[:, None] * direction / np.linalg.norm(direction)
@@ -249,16 +348,16 @@ def _on_surface(depth: Float, direction: NDArray[np.float64], level: float) -> P
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
-def head(rng: np.random.Generator, contrast: str = "non_contrast") -> tuple[Float, Float]:
+def head(rng: np.random.Generator, contrast: str = "non_contrast", build: Build | None = None) -> tuple[Float, Float]:
     """Compose one head: Hounsfield units and the fraction of fluid, both of `HEAD_SHAPE`.
 
-    `contrast` is non_contrast, arterial, venous or delayed.
+    `contrast` is non_contrast, arterial, venous or delayed; `build` is a middle-aged adult's by default.
     """
-    a = atlas()
+    a, build = atlas(), build or Build()
     coarse, fine = turned(rng, a.coarse), turned(rng, a.fine)
     hounsfield = _face(rng, a, coarse, fine)
-    petrous = _skull(rng, a, hounsfield, coarse, fine)
-    brain, csf = _brain(rng, a, coarse, fine)
+    petrous = _skull(rng, a, hounsfield, coarse, fine, build)
+    brain, csf = _brain(rng, a, coarse, fine, build)
     inside = a.depth <= 0
     inside[petrous] = False
     np.copyto(hounsfield, brain, where=inside)
@@ -274,11 +373,18 @@ def turned(rng: np.random.Generator, texture: Float) -> Float:
     return np.roll(texture[flip], tuple(int(v) for v in rng.integers(0, 200, 3)), (0, 1, 2))
 
 
-def _brain(rng: np.random.Generator, a: Atlas, coarse: Float, fine: Float) -> tuple[Float, Float]:
+def _brain(rng: np.random.Generator, a: Atlas, coarse: Float, fine: Float, build: Build) -> tuple[Float, Float]:
     """Brain, fluid, falx and vessels without contrast; and the fraction of fluid."""
-    csf = np.clip(a.csf * np.float32(rng.uniform(0.75, 1.9)), 0, 1)  # atrophy
+    csf = np.clip(a.csf * np.float32(rng.uniform(0.75, 1.9) * build.sulci), 0, 1)
     csf *= csf * (3 - 2 * csf)  # the averaged maps blur the sulci: steepen them again
+    if build.atrophy_mm > 0:
+        np.maximum(csf, np.clip(a.depth + np.float32(build.atrophy_mm + 0.5), 0, 1), out=csf)
+    if build.ventricle_mm > 0:
+        x = axes()[2]
+        side = (1 + np.float32(build.asymmetry) * np.clip(x / 10, -1, 1)) * np.clip(np.abs(x) / 6, 0.15, 1)
+        np.maximum(csf, np.clip(np.float32(build.ventricle_mm) * side + 0.5 - a.ventricle_mm, 0, 1), out=csf)
     grey, white, fluid = (np.float32(rng.uniform(*span)) for span in ((34, 41), (25, 31), (2, 12)))
+    white -= np.float32(build.white_drop)
     brain = grey + (white - grey) * a.whiteness + np.float32(1.2) * coarse + np.float32(0.8) * fine
     brain += csf * (fluid - brain)
     cupping = np.float32(rng.uniform(0, 7))  # beam hardening under the skull
@@ -286,10 +392,6 @@ def _brain(rng: np.random.Generator, a: Atlas, coarse: Float, fine: Float) -> tu
     brain[a.falx] = np.maximum(brain[a.falx], rng.uniform(42, 58))
     vessels = np.maximum(a.veins, np.float32(0.6) * a.arteries)
     brain += vessels * np.maximum(np.float32(rng.uniform(42, 62)) - brain, 0)
-    if rng.random() < 0.6:  # calcified choroid plexus and pineal gland
-        for centre in ((8.0, 24.0, 24.0), (8.0, 24.0, -24.0), (1.0, 26.0, 0.0)):
-            if rng.random() < 0.7:
-                paint(brain, centre + rng.normal(0, 2, 3), rng.uniform(1.2, 3.5, 3), rng.uniform(80, 400))
     return brain, csf
 
 
@@ -317,7 +419,7 @@ def plastic_skull(rng: np.random.Generator) -> Float:
     a = atlas()
     coarse, fine = turned(rng, a.coarse), turned(rng, a.fine)
     out = _face(rng, a, coarse, fine)
-    _skull(rng, a, out, coarse, fine)
+    _skull(rng, a, out, coarse, fine, Build())
     cast = rng.uniform(500, 1000)
     out[:] = np.where(out > 250, np.float32(cast), np.float32(AIR))
     out[:60] = AIR
@@ -371,10 +473,10 @@ def _slab(low: float, high: float, *fields: Float) -> tuple[Float, ...]:
     return (z[cut], y, x, *(field[cut] for field in fields))
 
 
-def _skull(rng: np.random.Generator, a: Atlas, hounsfield: Float, coarse: Float, fine: Float) -> Bool:
+def _skull(rng: np.random.Generator, a: Atlas, hounsfield: Float, coarse: Float, fine: Float, build: Build) -> Bool:
     """Draw the skull with its tables, diploe and cells into `hounsfield`; returns the bone reaching into the cavity."""
     z, y, x = axes()
-    top = rng.uniform(4.0, 7.5)
+    top = rng.uniform(4.0, 7.5) * build.bone
     base = min(top, rng.uniform(3, 5))
     outline = np.where(z < -25, base, top + rng.uniform(1, 4) * (y > 75)).astype(np.float32)
     table = rng.uniform(1.2, 1.9)
@@ -385,6 +487,8 @@ def _skull(rng: np.random.Generator, a: Atlas, hounsfield: Float, coarse: Float,
     hounsfield[shell] = dense
     hounsfield[diploe] = np.float32(loose) + 120 * fine[diploe]
     hounsfield[a.petrous] = np.float32(dense * 0.75) + 220 * fine[a.petrous]
+    if build.suture_mm > 0:
+        _open_sutures(rng, a, hounsfield, shell, coarse, build)
     if rng.random() < 0.85:
         size = rng.uniform(9, 17)
         for side in (-1, 1):
@@ -396,6 +500,23 @@ def _skull(rng: np.random.Generator, a: Atlas, hounsfield: Float, coarse: Float,
     frontal &= (ys < -60) & (zs < rng.uniform(-5, 28)) & (hounsfield_s > 300)
     hounsfield_s[frontal] = AIR  # frontal sinuses
     return a.petrous & (a.depth <= 0)
+
+
+def _open_sutures(
+    rng: np.random.Generator, a: Atlas, hounsfield: Float, shell: Bool, coarse: Float, build: Build
+) -> None:
+    """Cut the coronal, sagittal, lambdoid and metopic sutures and the anterior fontanelle into the skull."""
+    z, y, x = axes()
+    wavy = 1.5 * coarse
+    bregma = np.float32(-14.0)
+    half = np.float32(build.suture_mm / 2)
+    sagittal = (np.abs(x + wavy) < half) & (z > 30)
+    coronal = (np.abs(y - bregma - 0.35 * (z - 70) + wavy) < half) & (z > -5)
+    lambdoid = (np.abs(y - 92 + 0.55 * np.abs(x) + 0.15 * (z - 30) + wavy) < half) & (z > -10) & (y > 40)
+    soft = shell & (sagittal | coronal | lambdoid)
+    if build.fontanelle_mm > 0:
+        soft |= shell & (np.abs(x) + np.abs(y - bregma) < np.float32(build.fontanelle_mm * 1.4)) & (z > 40)
+    hounsfield[soft] = rng.uniform(25, 60)
 
 
 def _petrous(depth: Float, tissue: Float) -> Bool:

@@ -183,7 +183,7 @@ def noise_field(kernel: str, variant: int, size: int) -> Float:
     cycles per pixel of a 512 matrix.
     """
     rng = np.random.default_rng((variant, size, kernel == "bone"))
-    cut, power = (rng.uniform(0.11, 0.24), 2) if kernel == "soft" else (rng.uniform(0.3, 0.48), 4)
+    cut, power = (rng.uniform(0.13, 0.27), 2) if kernel == "soft" else (rng.uniform(0.3, 0.48), 4)
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
     frequency = np.hypot(fy, fx)
     shape = np.sqrt(frequency + 0.01) * np.exp(-((frequency / cut) ** power))
@@ -200,7 +200,7 @@ def noise(kernel: str, shape: tuple[int, int, int], rng: np.random.Generator, al
     depth, matrix, _ = shape
     step = 2 if matrix <= 256 else 1
     size = 1024 if matrix * step > 512 else 512
-    variant = int(rng.integers(6))
+    variant = int(rng.integers(10))
     out = np.empty(shape, np.float32)
     for i in range(depth):
         field = noise_field(kernel, variant, size)
