@@ -137,6 +137,33 @@ def test_a_bone_kernel_is_noisier_at_high_frequency_than_a_soft_one(plain: Subje
     assert roughness["bone"] > 2 * roughness["soft"]
 
 
+def developed(head: Subject, **change: object) -> NDArray[np.float32]:
+    drawn = draw_acquisition(np.random.default_rng(1), head, slices=12, matrix=128, thickness_mm=5.0)
+    flat = {"tilt_deg": 0.0, "pose_deg": (0.0, 0.0, 0.0), "noise": 0.0, "streaks": 0.0, "motion_mm": 0.0}
+    chosen = replace(drawn, centre_mm=(-10.0, 12.0, 0.0), spacing_mm=6.0, **(flat | change))  # type: ignore[arg-type]
+    return acquire(head, chosen, np.random.default_rng(3)).volume.hounsfield.astype(np.float32)
+
+
+def test_beam_hardening_bands_brain_between_the_petrous_bones_more_than_below_the_vertex(plain: Subject) -> None:
+    clean, hard = developed(plain), developed(plain, streaks=6.0)
+    brain = (clean > 10) & (clean < 60)
+    wrong = np.array([np.std((hard - clean)[i][brain[i]]) for i in range(12)])
+    assert wrong[1:4].max() > 3
+    assert wrong[1:4].max() > 2 * wrong[9]
+
+
+def test_metal_makes_streaks(plain: Subject) -> None:
+    with_metal = replace(plain, hounsfield=painted(plain, "metal", 1).astype(np.int16))
+    change = np.abs(developed(with_metal, streaks=4.0) - developed(plain, streaks=4.0))
+    assert (change > 8).mean() > 2 * (np.abs(developed(with_metal) - developed(plain)) > 8).mean()
+
+
+def test_motion_spoils_some_slices_and_leaves_others(plain: Subject) -> None:
+    still, moved = developed(plain), developed(plain, motion_mm=3.0)
+    changed = np.abs(moved - still).max(axis=(1, 2)) > 20
+    assert 2 <= changed.sum() < 12
+
+
 def test_contrast_fills_arteries_and_is_labelled(plain: Subject) -> None:
     enhanced = make_subject(np.random.default_rng(4), contrast="arterial")
     assert (plain.contrast, enhanced.contrast) == ("non_contrast", "contrast")

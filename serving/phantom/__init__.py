@@ -115,7 +115,7 @@ def _head_subject(
 ) -> Subject:
     z, y, x = (v * build.size for v in HEAD_ORIGIN)
     return Subject(
-        hounsfield=np.clip(np.rint(hounsfield), -1024, 3071).astype(np.int16),
+        hounsfield=np.clip(np.rint(hounsfield), -1024, 32_000).astype(np.int16),
         truth=truth,
         origin_mm=(z, y, x),
         spacing_mm=build.size,
@@ -178,8 +178,9 @@ def draw_acquisition(
         warp_mm=float(rng.uniform(1, 4)),
         noise=float(soft_noise if kernel == "soft" else sharp_noise),
         blur_mm=float(rng.uniform(0.35, 0.8)) if kernel == "soft" else 0.0,
-        sharpen=float(rng.uniform(0.5, 2.2)) if kernel == "bone" else 0.0,
+        sharpen=float(rng.uniform(0.5, 2.2) if kernel == "bone" else max(rng.uniform(-0.6, 0.4), 0)),
         streaks=float(rng.uniform(0, 8)),
+        motion_mm=float(rng.uniform(0.5, 4)) if is_head and rng.random() < 0.08 else 0.0,
         holder=str(rng.choice(["curved", "none"], p=[0.7, 0.3])) if is_head else str(rng.choice(["table", "none"])),
         circle=bool(rng.random() < 0.3),
     )
@@ -326,6 +327,8 @@ def write_demo_study(out: Path, seed: int = 7) -> list[dict[str, object]]:
             scale=(1.0, 1.0, 1.0),
             tilt_deg=0.0,
             noise=3.5,
+            sharpen=0.0,
+            motion_mm=0.0,
             holder="curved",
         )
         origin = Origin(study=f"demo-{seed}-{name}", series="1", accession_number=f"DEMO{seed:04d}{i + 1}")

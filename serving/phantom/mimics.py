@@ -25,7 +25,8 @@ from serving.phantom.anatomy import (
 
 Centre = Sequence[float] | NDArray[np.float64] | float
 
-METAL = 3071.0
+METAL = 30_000.0
+"""Beyond what a scanner stores, so that its streaks are those of metal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +217,7 @@ def _metal(c: Canvas) -> None:
     """An aneurysm's clip or coil, or a shunt's end; the scanner makes its streaks."""
     site = [(-18.0, -6.0, 10.0), (-16.0, -4.0, 30.0), (-14.0, -12.0, 1.0), (-14.0, 16.0, 0.0), (14.0, 8.0, 12.0)]
     centre = c.jitter(np.array(site[c.rng.integers(len(site))]) * (1, 1, c.rng.choice([-1, 1])), 2.0)
-    radii = c.rng.uniform(1.2, 4.0, 3)
+    radii = c.rng.uniform(1.8, 4.5, 3)
     box, filled = c.blob(centre, radii, 0.2, 0.8)
     c.blend(box, filled, METAL)
 

@@ -1,4 +1,4 @@
-"""A simulated CT scanner: planes through a subject, partial volume, kernel, noise, streaks and the head holder."""
+"""A simulated CT scanner: planes through a subject, partial volume, kernel, noise, beam hardening, motion, holder."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -6,11 +6,12 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 from serving.phantom.anatomy import Float, Subject
 
 AIR_STORED = -1024  # what scanners write outside the reconstruction circle
+BRIGHTEST = 3071  # of twelve bits; metal is brighter
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Acquisition:
     noise: float = 4.0
     blur_mm: float = 0.5
     sharpen: float = 0.0
-    streaks: float = 4.0
+    streaks: float = 4.0  # beam hardening and starved rays, about the HU that the petrous bones cost the pons
+    motion_mm: float = 0.0  # by which the head moves in the midst of some slices
     holder: str = "curved"  # curved, table or none
     circle: bool = False
 
@@ -74,7 +76,7 @@ def scan(
     if acquisition.circle:
         ramp = (np.arange(acquisition.matrix, dtype=np.float32) + 0.5) / acquisition.matrix * 2 - 1
         image[:, ramp[:, None] ** 2 + ramp[None, :] ** 2 > 1] = AIR_STORED
-    return np.maximum(image, AIR_STORED), truth
+    return np.clip(image, AIR_STORED, BRIGHTEST), truth
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,20 +216,28 @@ def noise(kernel: str, shape: tuple[int, int, int], rng: np.random.Generator, al
 
 
 def develop(image: Float, acquisition: Acquisition, rng: np.random.Generator) -> Float:
-    """Apply kernel, noise and streaks to a clean image (D, M, M)."""
+    """Apply motion, kernel, noise and streaks to a clean image (D, M, M)."""
     pixel_mm = acquisition.field_mm / acquisition.matrix
+    streaks = None
+    if acquisition.orientation == "axial" and (acquisition.streaks > 0 or acquisition.motion_mm > 0):
+        streaks = _Sinogram.of(image, pixel_mm)
+        if acquisition.motion_mm > 0:
+            image = _moved(image, streaks, acquisition.motion_mm / pixel_mm, rng)
     sigma = acquisition.blur_mm / pixel_mm
+    if sigma > 0.2:
+        image = ndimage.gaussian_filter(image, (0, sigma, sigma))
     if acquisition.sharpen > 0:
         halo = ndimage.gaussian_filter(image, (0, 0.9 / pixel_mm, 0.9 / pixel_mm))
         image = image + acquisition.sharpen * (image - halo)
-    elif sigma > 0.2:
-        image = ndimage.gaussian_filter(image, (0, sigma, sigma))
     grain_size = acquisition.noise * _attenuation(image)
     rows = 0.0 if acquisition.orientation == "axial" else acquisition.thickness_mm / pixel_mm * rng.uniform(0.1, 0.5)
     grain = noise(acquisition.kernel, (image.shape[0], acquisition.matrix, acquisition.matrix), rng, rows)
-    image = image + grain_size * grain
-    if acquisition.streaks > 0 and acquisition.orientation == "axial":
-        image += acquisition.streaks * _streaks(image, rng)
+    grain *= grain_size
+    image = image + grain
+    if streaks is not None:
+        if acquisition.streaks > 0:
+            streaks.harden(acquisition.streaks / 4, rng)
+        image += streaks.error(image.shape)
     return image
 
 
@@ -240,11 +250,117 @@ def _attenuation(image: Float) -> Float:
     return size
 
 
-def _streaks(image: Float, rng: np.random.Generator) -> Float:
-    """Horizontal dark and bright bands where a row meets much bone on both sides, as between the petrous bones."""
-    bone = (image > 500).mean(axis=2)
-    row = ndimage.gaussian_filter1d(rng.standard_normal(bone.shape), 2.0, axis=1) * 2
-    across = np.exp(-(np.linspace(-1, 1, image.shape[2]) ** 2) / 0.18)
-    strength = np.clip((bone - 0.12) * 8, 0, 1.5) * (row - 0.4)
-    bands: Float = (strength[:, :, None] * across).astype(np.float32)
-    return bands
+ANGLES = 90
+WATER_PER_CM = 0.2  # linear attenuation at 70 keV
+
+
+@cache
+def _projector(size: int) -> sparse.csr_array:
+    """Parallel projections of (size, size) pixels at ANGLES angles, size bins each: (ANGLES * size, size * size)."""
+    at = np.arange(size) - (size - 1) / 2
+    y, x = (v.ravel() for v in np.meshgrid(at, at, indexing="ij"))
+    rows, columns, weights = [], [], []
+    for k, angle in enumerate(np.arange(ANGLES) * np.pi / ANGLES):
+        bins = x * np.cos(angle) + y * np.sin(angle) + (size - 1) / 2
+        low = np.floor(bins).astype(int)
+        for bin_, weight in ((low, 1 - (bins - low)), (low + 1, bins - low)):
+            inside = (bin_ >= 0) & (bin_ < size)
+            rows.append(k * size + bin_[inside])
+            columns.append(np.flatnonzero(inside))
+            weights.append(weight[inside])
+    matrix = sparse.csr_array(
+        (np.concatenate(weights).astype(np.float32), (np.concatenate(rows), np.concatenate(columns))),
+        shape=(ANGLES * size, size * size),
+    )
+    return matrix
+
+
+@dataclass(frozen=True, eq=False)
+class _Sinogram:
+    """What goes wrong in the projections of an image, on a coarse grid, and what it does to the reconstruction.
+
+    After Brooks and Di Chiro 1976: a polychromatic beam measures too little behind bone, by about the square of its
+    path there; and where little of the beam is left, its noise makes streaks (Hsieh 1998).
+    """
+
+    size: int
+    step: int  # pixels of the image that a pixel here spans
+    hounsfield: float  # of one unit of attenuation per pixel here
+    tissue: Float  # (size * size, D) attenuation per pixel
+    bone: Float  # the same of bone beyond water
+    wrong: Float  # (ANGLES * size, D) error of the projections
+
+    @staticmethod
+    def of(image: Float, pixel_mm: float) -> "_Sinogram":
+        """Of an image (D, M, M) in Hounsfield units."""
+        step = max(1, round(image.shape[1] / 110))
+        size = image.shape[1] // step
+        mean, bone = (
+            np.asarray(x[:, : size * step, : size * step].reshape(-1, size, step, size, step).mean((2, 4)), np.float32)
+            .reshape(len(image), -1)
+            .T
+            for x in (image, np.maximum(image - 150, 0))
+        )
+        hounsfield = 1000 / (WATER_PER_CM * pixel_mm * step / 10)
+        return _Sinogram(
+            size,
+            step,
+            hounsfield,
+            np.asarray((np.maximum(mean, -1000) + 1000) / hounsfield, np.float32),
+            np.asarray(bone / hounsfield, np.float32),
+            np.zeros((ANGLES * size, len(image)), np.float32),
+        )
+
+    def harden(self, strength: float, rng: np.random.Generator) -> None:
+        """Add beam hardening by bone and the noise of starved rays."""
+        project = _projector(self.size)
+        bone, path = project @ self.bone, project @ self.tissue
+        np.subtract(self.wrong, np.float32(0.012 * strength) * bone * (bone + np.float32(0.15) * path), out=self.wrong)
+        starved = np.expm1(np.clip((path - 5.0) / 2, 0, 2.5))
+        self.wrong[:] += np.float32(0.012 * strength**0.5) * starved * rng.standard_normal(path.shape, np.float32)
+
+    def move(self, first: int, moved: Float, share: float) -> None:
+        """Let slices from `first` on be `moved` (size, size, n) for the last `share` of the angles.
+
+        The image already holds the mean of before and after; this adds what is not just that.
+        """
+        some = slice(first, first + moved.shape[2])
+        change = _projector(self.size) @ (moved.reshape(-1, moved.shape[2]) - self.tissue[:, some])
+        angle = np.repeat(np.arange(ANGLES) / ANGLES, self.size)
+        late = 1 / (1 + np.exp((1 - share - angle) * 12))  # no head jumps
+        self.wrong[:, some] += (0.4 * (late - late.mean())).astype(np.float32)[:, None] * change
+
+    def error(self, shape: tuple[int, ...]) -> Float:
+        """The error in Hounsfield units by filtered back projection, `shape` (D, M, M); its median in brain is none."""
+        depth, matrix, _ = shape
+        ramp = np.abs(np.fft.rfftfreq(2 * self.size))[:, None]
+        spectrum = np.fft.rfft(self.wrong.reshape(ANGLES, self.size, depth), 2 * self.size, axis=1) * ramp
+        filtered = np.fft.irfft(spectrum, axis=1)[:, : self.size].astype(np.float32).reshape(-1, depth)
+        coarse: Float = (_projector(self.size).T @ filtered) * np.float32(self.hounsfield * np.pi / ANGLES)
+        soft = np.abs(self.tissue * self.hounsfield - 1030) < 40
+        if soft.any():
+            coarse -= np.float32(np.median(coarse[soft]))
+        coarse[self.tissue * self.hounsfield < 500] *= 0.5  # air is often cut off at -1024
+        at = np.clip((np.arange(matrix) + 0.5) / self.step - 0.5, 0, self.size - 1)
+        low = np.minimum(at.astype(int), self.size - 2)
+        weights = np.zeros((matrix, self.size), np.float32)
+        weights[np.arange(matrix), low] = 1 - (at - low)
+        weights[np.arange(matrix), low + 1] = at - low
+        planes = coarse.T.reshape(depth, self.size, self.size)
+        return np.asarray(weights @ planes @ weights.T, np.float32)
+
+
+def _moved(image: Float, sinogram: _Sinogram, reach_px: float, rng: np.random.Generator) -> Float:
+    """Let the head move in the midst of a few slices: doubled contours here, streaks by the sinogram."""
+    count = min(int(rng.integers(2, 8)), len(image))
+    first = int(rng.integers(len(image) - count + 1))
+    share = float(rng.uniform(0.2, 0.5))
+    angle = rng.uniform(0, 2 * np.pi)
+    shift = reach_px * np.array([np.sin(angle), np.cos(angle)])
+    some = image[first : first + count]
+    moved = ndimage.shift(some, (0, *shift), order=1, cval=float(AIR_STORED))
+    coarse = sinogram.tissue[:, first : first + count].reshape(sinogram.size, sinogram.size, count)
+    sinogram.move(first, ndimage.shift(coarse, (*(shift / sinogram.step), 0), order=1), share)
+    out = image.copy()
+    out[first : first + count] = (1 - np.float32(share)) * some + np.float32(share) * moved
+    return out
