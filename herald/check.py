@@ -2,8 +2,9 @@
 
 import smtplib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import requests
 from pynetdicom import AE
@@ -16,6 +17,9 @@ from herald.ledger import open_ledger
 from herald.store import StudyStore
 
 TIMEOUT_S = 3.0
+
+CALIBRATED_POINT = 0.5
+"""Exported haemorrhage models put their operating point there."""
 
 GROUPS = (("router", "series"), ("notifier", "results"), ("notifier", "reviews"), ("notifier-webui", "results"))
 """Who consumes what from the bus."""
@@ -108,10 +112,40 @@ def _models(config: Config) -> str:
 
     client = InferenceClient(config.router.serving_address, TIMEOUT_S)
     try:
-        client.check()
+        served = client.check()
     finally:
         client.close()
-    return f"{config.router.serving_address} serves protocol and hemorrhage with the expected signatures"
+    told = [
+        f"{name} {model.version}: {describe_model(model.card, config.router.operating_point)}"
+        for name, model in served.items()
+    ]
+    return f"{config.router.serving_address} serves the expected signatures; {'; '.join(told)}"
+
+
+def describe_model(card: Mapping[str, Any], operating_point: float) -> str:
+    """Operating point and calibration of a served model in words, from its card; what it does not say is not there."""
+    if not card:
+        return "says nothing of its calibration; export it again"
+    calibration = card.get("calibration") or {}
+    if "heads" in card:
+        temperatures = calibration.get("temperature") or {}
+        by_head = ", ".join(f"{head} {value:.2f}" for head, value in temperatures.items())
+        fitted = f"temperatures {by_head}, fitted on {calibration.get('obtained')}" if by_head else "not calibrated"
+        return f"tells {', '.join(card['heads'])}; {fitted}"
+    words = [f"operating point {operating_point:.2f}"]
+    if operating_point != CALIBRATED_POINT:
+        words.append(f"(router.operating_point; the model is calibrated for {CALIBRATED_POINT:.2f})")
+    if target := card.get("target_sensitivity"):
+        words.append(f"chosen for sensitivity {target:.2f}")
+    words[-1] += ";"
+    if not {"scale", "threshold"} <= calibration.keys():
+        return " ".join([*words, "not calibrated"])
+    words.append(f"calibrated on {card.get('obtained') or 'data that the model does not name'}")
+    measured = card.get("measured") or {}
+    sets = [f"{of_set['patients']} of {name}" for name, of_set in measured.items() if " " not in name]
+    if sets:
+        words.append(f"({', '.join(sets)})")
+    return " ".join(words)
 
 
 def _webui(config: Config) -> str:

@@ -1,10 +1,11 @@
 """The contract with TensorFlow Serving: model names, tensor names, dtypes, shapes and classes.
 
 Volumes travel as int16 Hounsfield units without identity. Windowing and scaling live inside the exported models, so
-that training and serving cannot drift apart. `None` in a shape is a dimension that the caller chooses.
+that training and serving cannot drift apart. `None` in a shape is a dimension that the caller chooses. An exported
+model also answers its card (`CARD`); one without it is taken for what this module says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -27,7 +28,13 @@ HEADS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "region": ("head", "other"),
     }
 )
-"""Heads of the protocol model and the label of each class, in output order."""
+"""Heads that triage needs of the protocol model and the classes that it knows, in output order.
+
+A model may have others (`herald.heads`); these are what the shipped one has.
+"""
+
+CARD = "card"
+"""Output with what the model says of itself: the JSON of its model.json, as UTF-8 bytes."""
 
 FINDINGS: tuple[str, ...] = ("any", "iph", "ivh", "sah", "edh_sdh")
 """Channels of the haemorrhage model: any, intraparenchymal, intraventricular, subarachnoid, epidural or subdural."""
@@ -50,11 +57,16 @@ class Signature:
     outputs: Mapping[str, TensorSpec]
 
 
-PROTOCOL = Signature(
-    model="protocol",
-    inputs={"volume": TensorSpec("int16", (None, PROTOCOL_SLICES, IN_PLANE, IN_PLANE))},
-    outputs={head: TensorSpec("float32", (None, len(labels))) for head, labels in HEADS.items()},
-)
+def protocol_signature(heads: Mapping[str, Sequence[str]]) -> Signature:
+    """The signature of a protocol model with these heads and classes."""
+    return Signature(
+        model="protocol",
+        inputs={"volume": TensorSpec("int16", (None, PROTOCOL_SLICES, IN_PLANE, IN_PLANE))},
+        outputs={head: TensorSpec("float32", (None, len(classes))) for head, classes in heads.items()},
+    )
+
+
+PROTOCOL = protocol_signature(HEADS)
 
 HEMORRHAGE = Signature(
     model="hemorrhage",

@@ -3,8 +3,9 @@
 No part of it is particular to Herald's own server, and TensorFlow is not imported.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -12,19 +13,22 @@ import grpc  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from herald.errors import ServingError, ServingUnavailable, SignatureMismatch
+from herald.errors import ConfigError, ServingError, ServingUnavailable, SignatureMismatch
+from herald.heads import TRIAGE_HEADS, Heads, answers, parse_heads
 from herald.signatures import (
+    CARD,
     CONTEXT_SLICES,
-    HEADS,
     HEMORRHAGE,
     PROTOCOL,
     SIGNATURE_NAME,
     SIGNATURES,
     Signature,
     TensorSpec,
+    protocol_signature,
 )
 from herald.tensorflow_stubs import without_tensorflow
 from herald.tensors import BY_NUMBER, Array, read_shape, read_tensor, write_tensor
+from router.decision import triage_needs
 
 with without_tensorflow():
     from tensorflow_serving.apis import (  # type: ignore[import-untyped]
@@ -63,7 +67,10 @@ CHANNEL_OPTIONS = (
 
 @dataclass(frozen=True)
 class ProtocolProbabilities:
-    """What the protocol model says of a series: head -> label -> mean softmax, and the version that answered."""
+    """What the protocol model says of a series: head -> class -> probability, and the version that answered.
+
+    Which heads there are, and how the softmaxes of several chunks become one, is the model's own word.
+    """
 
     heads: Mapping[str, Mapping[str, float]]
     version: str
@@ -80,6 +87,14 @@ class HemorrhagePrediction:
     slice_probability: NDArray[np.float32]
     probability: NDArray[np.float32]
     version: str
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The version of a model that answers, and its card: empty where it carries none."""
+
+    version: str
+    card: Mapping[str, Any]
 
 
 class InferenceClient:
@@ -107,14 +122,20 @@ class InferenceClient:
         self._channel.close()
 
     def classify_protocol(self, volumes: NDArray[np.int16]) -> ProtocolProbabilities:
-        """Probabilities of each protocol head, averaged over `volumes` (B, 8, 256, 256) int16 Hounsfield units.
+        """Probabilities of each head of the served model over `volumes` (B, 8, 256, 256) int16 Hounsfield units.
 
         Raises ServingUnavailable (retriable) or ServingError.
         """
-        outputs, version = self._predict(PROTOCOL, volumes)
-        means = {head: outputs[head].mean(axis=0).tolist() for head in HEADS}
-        heads = {head: dict(zip(labels, means[head], strict=True)) for head, labels in HEADS.items()}
-        return ProtocolProbabilities(heads, version)
+        outputs, version = self._predict(PROTOCOL.model, volumes)
+        what = f"model {PROTOCOL.model} version {version} at {self.address}"
+        heads = _heads(_card(outputs, what), what)
+        for name, head in heads.items():
+            if self._output(outputs, PROTOCOL.model, name).shape != (len(volumes), len(head.classes)):
+                raise SignatureMismatch(
+                    f"{what} answered {name!r} in the shape {list(outputs[name].shape)}, and its classes are "
+                    f"{', '.join(head.classes)}; export it again"
+                )
+        return ProtocolProbabilities(answers(outputs, heads), version)
 
     def detect_hemorrhage(self, volume: NDArray[np.int16]) -> HemorrhagePrediction:
         """Haemorrhage in `volume` (D, 256, 256) int16 Hounsfield units.
@@ -125,10 +146,11 @@ class InferenceClient:
         masks, slices, studies, versions = [], [], [], []
         for first, last in runs(len(volume), self._max_slices):
             start = max(first - MARGIN, 0)
-            outputs, version = self._predict(HEMORRHAGE, volume[start : last + MARGIN])
-            masks.append(outputs["mask"][first - start : last - start])
-            slices.append(outputs["slice_probability"][first - start : last - start])
-            studies.append(outputs["probability"])
+            outputs, version = self._predict(HEMORRHAGE.model, volume[start : last + MARGIN])
+            mask, of_slice, of_study = (self._output(outputs, HEMORRHAGE.model, alias) for alias in HEMORRHAGE.outputs)
+            masks.append(mask[first - start : last - start])
+            slices.append(of_slice[first - start : last - start])
+            studies.append(of_study)
             versions.append(version)
         if len(masks) == 1:
             return HemorrhagePrediction(masks[0], slices[0], studies[0], versions[0])
@@ -136,12 +158,13 @@ class InferenceClient:
             np.concatenate(masks), np.concatenate(slices), np.max(studies, axis=0), ", ".join(dict.fromkeys(versions))
         )
 
-    def check(self) -> dict[str, str]:
-        """Compare every model with `herald.signatures`; the version that is served of each, by model name.
+    def check(self) -> dict[str, ServedModel]:
+        """Compare every model with `herald.signatures` and its own card; what is served of each, by model name.
 
-        Raises SignatureMismatch that names the difference, ServingUnavailable (retriable) or ServingError.
+        Raises SignatureMismatch that names the difference or the head that triage misses, ServingUnavailable
+        (retriable) or ServingError.
         """
-        versions = {}
+        models = {}
         for expected in SIGNATURES.values():
             request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
             request.model_spec.name = expected.model
@@ -153,9 +176,22 @@ class InferenceClient:
                     f"model {expected.model} at {self.address} has no signature {SIGNATURE_NAME!r} but "
                     f"{sorted(served.signature_def)}; export it again"
                 )
-            versions[expected.model] = str(response.model_spec.version.value)
-            self._compare(expected, served.signature_def[SIGNATURE_NAME], versions[expected.model])
-        return versions
+            version = str(response.model_spec.version.value)
+            definition = served.signature_def[SIGNATURE_NAME]
+            what = f"model {expected.model} version {version} at {self.address}"
+            self._compare(replace(expected, outputs={}), definition, version)  # it can be asked for its card
+            card: Mapping[str, Any] = {}
+            if CARD in definition.outputs:
+                blank = np.zeros([size or 1 for size in expected.inputs["volume"].shape], np.int16)
+                outputs, _ = self._predict(expected.model, blank, [CARD])
+                card = _card(outputs, what)
+            if expected.model == PROTOCOL.model and card:
+                heads = _heads(card, what)
+                expected = protocol_signature({name: head.classes for name, head in heads.items()})
+                triage_needs({name: head.classes for name, head in heads.items() if not head.given}, what)
+            self._compare(expected, definition, version)
+            models[expected.model] = ServedModel(version, card)
+        return models
 
     def _compare(self, expected: Signature, served: Any, version: str) -> None:
         differences = [
@@ -169,22 +205,25 @@ class InferenceClient:
                 f"{'; '.join(differences)}; serve a model exported by this release"
             )
 
-    def _predict(self, model: Signature, volume: NDArray[np.int16]) -> tuple[dict[str, Array], str]:
-        """The outputs of a model for one volume, by name, and the version that answered."""
-        request = predict_pb2.PredictRequest()
-        request.model_spec.name = model.model
+    def _predict(self, model: str, volume: NDArray[np.int16], only: Sequence[str] = ()) -> tuple[dict[str, Array], str]:
+        """The outputs of a model for one volume, by name, and the version that answered; `only` some of them."""
+        request = predict_pb2.PredictRequest(output_filter=only)
+        request.model_spec.name = model
         request.model_spec.signature_name = SIGNATURE_NAME
         write_tensor(request.inputs["volume"], volume)
-        response = self._call(self._prediction.Predict, request, model.model)
+        response = self._call(self._prediction.Predict, request, model)
         outputs = {}
-        for alias in model.outputs:
-            if alias not in response.outputs:
-                raise SignatureMismatch(f"model {model.model} at {self.address} did not answer output {alias!r}")
+        for alias in response.outputs:
             try:
                 outputs[alias] = read_tensor(response.outputs[alias])
             except ValueError as error:
-                raise ServingError(f"output {alias!r} of model {model.model} cannot be read: {error}") from error
+                raise ServingError(f"output {alias!r} of model {model} cannot be read: {error}") from error
         return outputs, str(response.model_spec.version.value)
+
+    def _output(self, outputs: Mapping[str, Array], model: str, alias: str) -> Array:
+        if alias not in outputs:
+            raise SignatureMismatch(f"model {model} at {self.address} did not answer output {alias!r}")
+        return outputs[alias]
 
     def _call(self, method: Callable[..., Any], request: Any, model: str) -> Any:
         try:
@@ -222,6 +261,29 @@ class InferenceClient:
         if versions and all(v.status.error_code for v in versions):
             return "; ".join(f"version {v.version} cannot be loaded: {v.status.error_message}" for v in versions)
         return ""
+
+
+def _card(outputs: Mapping[str, Array], what: str) -> dict[str, Any]:
+    """What the model says of itself; empty where it does not."""
+    if CARD not in outputs:
+        return {}
+    try:
+        card = json.loads(outputs[CARD].astype(np.uint8).tobytes())
+        if not isinstance(card, dict):
+            raise TypeError(f"a {type(card).__name__}")
+    except (ValueError, TypeError) as error:
+        raise SignatureMismatch(f"the card of {what} cannot be read ({error}); export the model again") from error
+    return card
+
+
+def _heads(card: Mapping[str, Any], what: str) -> Heads:
+    """The heads in the card of a protocol model; those of `herald.signatures` where it carries none."""
+    if "heads" not in card:
+        return TRIAGE_HEADS
+    try:
+        return parse_heads(card["heads"], f"the card of {what}")
+    except ConfigError as error:
+        raise SignatureMismatch(f"{error}; serve a model exported by this release") from error
 
 
 def runs(count: int, longest: int) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,9 @@
 """Write the trained models as SavedModels in TensorFlow Serving's layout: `python -m serving.export`.
 
     models/hemorrhage/1/saved_model.pb               frozen: the weights are constants of the graph
-    models/hemorrhage/1/assets.extra/model.json      version, digest of the weights, calibration
+    models/hemorrhage/1/assets.extra/model.json      the card: version, digest of the weights, heads, calibration
 
+The model answers its card too, as the output `card`, so that a client learns heads and calibration from any server.
 Each has the signature of `herald.signatures` under `serving_default`, of plain TensorFlow ops, so that TensorFlow
 Serving and OpenVINO load the same folder. What has been exported from the same weights and code is left alone.
 """
@@ -15,11 +16,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from herald.config import load_config
 from herald.errors import ConfigError, SignatureMismatch
 from herald.signatures import (
+    CARD,
     FINDINGS,
     HEMORRHAGE,
     PROTOCOL,
@@ -27,6 +33,7 @@ from herald.signatures import (
     SIGNATURES,
     Signature,
     TensorSpec,
+    protocol_signature,
 )
 
 
@@ -57,17 +64,18 @@ with _quiet():
     from serving import hemorrhage, protocol, whole_volume
 
 HERE = Path(__file__).parent
-CARD = "assets.extra/model.json"
-SOURCES = {
-    PROTOCOL.model: [HERE / "protocol.py", HERE / "weights" / "protocol.weights.h5"],
-    HEMORRHAGE.model: [
-        HERE / "hemorrhage.py",
-        HERE / "whole_volume.py",
-        HERE / "weights" / "hemorrhage.weights.h5",
-        HERE / "weights" / "hemorrhage.json",
-    ],
+MODEL_JSON = "assets.extra/model.json"
+CODE = {
+    PROTOCOL.model: [HERE / "protocol.py"],
+    HEMORRHAGE.model: [HERE / "hemorrhage.py", HERE / "whole_volume.py"],
 }
-"""What each exported model is made from, besides this file."""
+"""What each exported model is made from, besides this file, its weights and what lies beside them."""
+
+WEIGHTS = {PROTOCOL.model: protocol.WEIGHTS, HEMORRHAGE.model: hemorrhage.WEIGHTS}
+"""The shipped weights of each model."""
+
+BULKY = frozenset({"metrics", "runs"})
+"""Of hemorrhage.json, what stays out of the card, which travels with every answer."""
 
 Function = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
@@ -75,9 +83,23 @@ Function = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 # --- from model to function ------------------------------------------------------------------------------------------
 
 
-def protocol_function(model: keras.Model) -> Function:
-    """`volume` int16 (B, 8, 256, 256) -> the softmax of each head."""
-    return lambda volume: {head: tf.identity(value) for head, value in model(volume, training=False).items()}
+def protocol_function(model: keras.Model, temperature: Mapping[str, float] | None = None) -> Function:
+    """`volume` int16 (B, 8, 256, 256) -> the softmax of each head, its logits divided by the head's `temperature`."""
+    temperatures = temperature or {}
+
+    def classify(volume: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {
+            head: _tempered(value, temperatures.get(head, 1.0)) for head, value in model(volume, training=False).items()
+        }
+
+    return classify
+
+
+def _tempered(softmax: tf.Tensor, temperature: float) -> tf.Tensor:
+    """Softmaxes are logits but for a constant of each row, once their logarithm is taken."""
+    if temperature == 1.0:
+        return tf.identity(softmax)
+    return tf.nn.softmax(tf.math.log(tf.maximum(softmax, 1e-30)) / temperature)
 
 
 def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[float]]) -> Function:
@@ -124,19 +146,56 @@ def read_calibration(path: Path) -> dict[str, list[float]]:
     return calibration
 
 
-def load_function(name: str) -> Function:
-    """The function of one model with the shipped weights; raises SignatureMismatch or ConfigError."""
+@dataclass(frozen=True)
+class Exportable:
+    """A model ready for export: what it computes, its signature, and what its card says of itself."""
+
+    function: Function
+    signature: Signature
+    about: Mapping[str, Any]
+
+
+def load_exportable(name: str, weights: Path) -> Exportable:
+    """The model of `weights`; raises SignatureMismatch or ConfigError."""
     if name == PROTOCOL.model:
-        return protocol_function(protocol.load())
-    return hemorrhage_function(hemorrhage.load(), read_calibration(SOURCES[name][-1]))
+        described = protocol.describe(weights)
+        signature = protocol_signature({head: spec.classes for head, spec in described.heads.items()})
+        function = protocol_function(protocol.load(weights), described.calibration.temperature)
+        about = {"heads": described.heads, "calibration": described.calibration}
+        return Exportable(function, signature, msgspec.to_builtins(about))
+    path = protocol.description_path(weights)
+    calibration = read_calibration(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    about = {key: value for key, value in content.items() if key not in {*BULKY, *calibration}}
+    about["measured"] = _measured(content.get("metrics"))
+    return Exportable(
+        hemorrhage_function(hemorrhage.load(weights), calibration), HEMORRHAGE, {**about, "calibration": calibration}
+    )
+
+
+def _measured(metrics: object) -> dict[str, dict[str, Any]]:
+    """By set of patients, how many there were and how `any` bleeding was told; what is not there is left out."""
+    sets = metrics.items() if isinstance(metrics, dict) else ()
+    found = {}
+    for name, of_set in sets:
+        if isinstance(of_set, dict) and "patients" in of_set:
+            told = of_set.get(FINDINGS[0]) or {}
+            kept = {key: told[key] for key in ("sensitivity", "specificity") if key in told}
+            found[str(name)] = {"patients": of_set["patients"], **kept}
+    return found
 
 
 # --- to a folder -----------------------------------------------------------------------------------------------------
 
 
-def write_saved_model(function: Function, signature: Signature, folder: Path) -> None:
-    """Freeze `function` and write it to `folder`, which must not exist; raises SignatureMismatch where it differs."""
+def write_saved_model(function: Function, signature: Signature, folder: Path, card: bytes = b"") -> None:
+    """Freeze `function` and write it to `folder`, which must not exist; raises SignatureMismatch where it differs.
+
+    A `card` is one output more: its bytes, whatever the input.
+    """
     (name, spec), *_ = signature.inputs.items()
+    if card:
+        signature = replace(signature, outputs={**signature.outputs, CARD: TensorSpec("uint8", (len(card),))})
     tensor = tf.TensorSpec(spec.shape, spec.dtype, name=name)
     traced = tf.function(function, input_signature=[tensor]).get_concrete_function()
     frozen = convert_variables_to_constants_v2(traced)
@@ -145,6 +204,9 @@ def write_saved_model(function: Function, signature: Signature, folder: Path) ->
 
     def serve(volume: tf.Tensor) -> dict[str, tf.Tensor]:
         outputs: dict[str, tf.Tensor] = tf.nest.pack_sequence_as(traced.structured_outputs, frozen(volume))
+        if card:
+            nothing = tf.cast(tf.shape(volume)[0] * 0, tf.uint8)  # OpenVINO drops outputs that need no input
+            outputs = {**outputs, CARD: tf.constant(list(card), tf.uint8) + nothing}
         return {key: tf.ensure_shape(value, signature.outputs[key].shape) for key, value in outputs.items()
                 if key in signature.outputs}  # fmt: skip
 
@@ -197,14 +259,18 @@ def digest(paths: Sequence[Path]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
 
 
-def export(name: str, models: Path, version: int | None = None, force: bool = False) -> tuple[Path, bool]:
+def export(
+    name: str, models: Path, version: int | None = None, force: bool = False, weights: Path | None = None
+) -> tuple[Path, bool]:
     """Export one model to `models`/name/version; returns the folder and whether it was written now.
 
-    Without a version, one exported from the same sources is kept, and a new one gets the next number. The folder
-    appears complete or not at all, since a model server may be watching.
+    `weights` are the shipped ones where they are not given. Without a version, one exported from the same sources is
+    kept, and a new one gets the next number. The folder appears complete or not at all, since a model server may be
+    watching.
     """
-    sources = SOURCES[name]
-    made_from = digest([Path(__file__), *sources])
+    weights = weights or WEIGHTS[name]
+    beside = protocol.description_path(weights)
+    made_from = digest([Path(__file__), *CODE[name], weights, *([beside] if beside.exists() else [])])
     base = models / name
     versions = sorted(int(p.name) for p in base.glob("*") if p.name.isdigit())
     latest = versions[-1] if versions else 0
@@ -217,18 +283,17 @@ def export(name: str, models: Path, version: int | None = None, force: bool = Fa
     with tempfile.TemporaryDirectory(dir=base, prefix=".writing-") as scratch:
         folder = Path(scratch) / "model"
         with _quiet():
-            function = load_function(name)
-        write_saved_model(function, SIGNATURES[name], folder)
+            model = load_exportable(name, weights)
         card = {
             "model": name,
             "version": number,
-            "weights_sha256": digest([p for p in sources if p.suffix == ".h5"][:1]),
+            "weights_sha256": digest([weights]),
             "made_from_sha256": made_from,
+            **model.about,
         }
-        if name == HEMORRHAGE.model:
-            card["calibration"] = read_calibration(sources[-1])
-        (folder / CARD).parent.mkdir()
-        (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        write_saved_model(model.function, model.signature, folder, json.dumps(card).encode())
+        (folder / MODEL_JSON).parent.mkdir()
+        (folder / MODEL_JSON).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         target = base / str(number)
         if target.exists():
             target.rename(Path(scratch) / "former")
@@ -238,7 +303,7 @@ def export(name: str, models: Path, version: int | None = None, force: bool = Fa
 
 def _made_from(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / CARD).read_text(encoding="utf-8"))["made_from_sha256"])
+        return str(json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))["made_from_sha256"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -248,13 +313,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m serving.export", description="Export the models for serving.")
     parser.add_argument("--out", type=Path, help="folder of the models (default: serving.models of herald.toml)")
     parser.add_argument("--only", choices=sorted(SIGNATURES), help="export this model alone")
+    parser.add_argument("--weights", type=Path, help="of the model of --only (default: the shipped ones)")
     parser.add_argument("--version", type=int, help="version number; default: the next one, if anything changed")
     parser.add_argument("--force", action="store_true", help="write again what has not changed")
     args = parser.parse_args(argv)
+    if args.weights and not args.only:
+        parser.error("--weights are those of one model: name it with --only")
     models = args.out or load_config().serving.models
     for name in [args.only] if args.only else list(SIGNATURES):
         try:
-            folder, written = export(name, models, args.version, args.force)
+            folder, written = export(name, models, args.version, args.force, args.weights)
         except (ConfigError, SignatureMismatch) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1

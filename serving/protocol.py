@@ -1,32 +1,60 @@
 """The protocol model: what a series is, from eight of its slices. A 3D residual network after the design's source.
 
 Six stages; each halves the plane and shortens z by one through a 2x3x3 convolution (stride 2 in XY, valid in Z), then
-adds a residual block of two 1x3x3 convolutions. The means of every stage feed the heads but one: the kernel is told
-from the texture of the noise. A bone kernel makes neighbours differ as much as next neighbours, a soft one less, at
-any dose.
+adds a residual block of two 1x3x3 convolutions. Which heads there are is data (`herald.heads`): most read the means of
+every stage, and the kernel is told from the texture of the noise. A bone kernel makes neighbours differ as much as next
+neighbours, a soft one less, at any dose.
+
+Beside weights NAME.weights.h5 lies NAME.json: heads, sizes of the network and calibration.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import keras  # type: ignore[import-untyped]
+import msgspec
 from keras import KerasTensor, layers
 
-from herald.errors import SignatureMismatch
-from herald.signatures import HEADS, IN_PLANE, PROTOCOL_SLICES
+from herald.errors import ConfigError, SignatureMismatch
+from herald.heads import Head, Heads, parse_heads, read_heads
+from herald.signatures import IN_PLANE, PROTOCOL_SLICES
 
 NORM_MOMENTUM = 0.9  # training takes a few hundred steps, which the usual 0.99 would lag behind
-WEIGHTS = Path(__file__).parent / "weights" / "protocol.weights.h5"
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights" / "protocol.weights.h5"
+DEFAULT_HEADS = HERE / "heads" / "default.toml"
+NOT_FITTED = "not fitted"
 
 
-@dataclass(frozen=True)
-class ProtocolSizes:
+class ProtocolSizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes of the network; the defaults are those of the committed weights."""
 
     channels: tuple[int, ...] = (8, 16, 32, 48, 64, 96)
     windows: tuple[tuple[float, float], ...] = ((40.0, 160.0), (200.0, 800.0), (500.0, 3000.0))  # (centre, width) in HU
     dropout: float = 0.2
-    kernel_units: int = 16
+    texture_units: int = 16
+
+
+SIZES = ProtocolSizes()
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """Temperature of each head, by which logits are divided, and how it was obtained; no entry is 1."""
+
+    temperature: dict[str, float] = {}
+    obtained: str = NOT_FITTED
+    measured: dict[str, Any] = {}
+    """By head, log loss and expected calibration error before and after."""
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What weights alone do not tell of a model."""
+
+    heads: dict[str, Head]
+    sizes: ProtocolSizes = SIZES
+    calibration: Calibration = Calibration()
 
 
 class Windows(layers.Layer):  # type: ignore[misc]
@@ -74,8 +102,12 @@ class Texture(layers.Layer):  # type: ignore[misc]
         return ops.stack([ops.log(near), ops.log(next_ / near), ops.log(second / near)], axis=-1)
 
 
-def build(sizes: ProtocolSizes = ProtocolSizes()) -> keras.Model:
-    """The untrained model: `volume` int16 (B, 8, 256, 256) Hounsfield units -> dict of softmaxes by head."""
+def build(heads: Heads | None = None, sizes: ProtocolSizes = SIZES) -> keras.Model:
+    """The untrained model: `volume` int16 (B, 8, 256, 256) Hounsfield units -> dict of softmaxes by head.
+
+    Without `heads`, those of serving/heads/default.toml.
+    """
+    heads = read_heads(DEFAULT_HEADS) if heads is None else heads
     volume = keras.Input((PROTOCOL_SLICES, IN_PLANE, IN_PLANE), dtype="int16", name="volume")
     x = layers.Reshape((PROTOCOL_SLICES, IN_PLANE, IN_PLANE, 1), name="channel")(volume)  # (B, 8, 256, 256, 1)
     x = Windows(sizes.windows, dtype="float32", name="windows")(x)  # (B, 8, 256, 256, 3)
@@ -90,15 +122,15 @@ def build(sizes: ProtocolSizes = ProtocolSizes()) -> keras.Model:
     features = layers.Concatenate(name="features")(means)  # (B, sum of channels + 96 + 3)
     features = layers.BatchNormalization(momentum=NORM_MOMENTUM, name="features_norm")(features)
     features = layers.Dropout(sizes.dropout, name="features_dropout")(features)
-    # the kernel is judged by its noise alone: what is depicted must not decide it
     noise = layers.BatchNormalization(momentum=NORM_MOMENTUM, name="noise_norm")(texture)
-    noise = layers.Dense(sizes.kernel_units, activation="relu", dtype="float32", name="kernel_hidden")(noise)
-    outputs = {
-        head: layers.Dense(len(labels), activation="softmax", dtype="float32", name=head)(
-            noise if head == "kernel" else features
-        )
-        for head, labels in HEADS.items()
-    }
+    outputs = {}
+    for name, head in heads.items():
+        read = features
+        if head.reads == "texture":
+            hidden = layers.Dense(sizes.texture_units, activation="relu", dtype="float32", name=f"{name}_hidden")
+            read = hidden(noise)
+        answer = layers.Dense(len(head.classes), activation="softmax", dtype="float32", name=f"{name}_head")
+        outputs[name] = answer(read)
     return keras.Model(volume, outputs, name="protocol")
 
 
@@ -120,12 +152,47 @@ def _residual(x: KerasTensor, channels: int, name: str) -> KerasTensor:
     return layers.ReLU(name=f"{name}_relu2")(layers.Add(name=f"{name}_add")([x, y]))
 
 
-def load(weights: Path = WEIGHTS) -> keras.Model:
-    """The model with trained weights; its call on int16 (B, 8, 256, 256) gives a dict head -> softmax.
+def description_path(weights: Path) -> Path:
+    """Where the description of NAME.weights.h5 lies: NAME.json beside it."""
+    return weights.with_name(f"{weights.name.removesuffix('.h5').removesuffix('.weights')}.json")
 
-    Raises SignatureMismatch when the weights are missing or are those of another architecture.
+
+def describe(weights: Path = WEIGHTS) -> Description:
+    """The description beside `weights`; without one, the default heads and sizes, not calibrated.
+
+    Raises ConfigError where it cannot be read.
     """
-    model = build()
+    path = description_path(weights)
+    if not path.exists():
+        return Description(read_heads(DEFAULT_HEADS))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        heads = parse_heads(content["heads"], path.name)
+        found = msgspec.convert(content, Description)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error!r}); it belongs to {weights.name}: restore it, or train again"
+        ) from error
+    strange = found.calibration.temperature.keys() - heads.keys()
+    if strange or not all(value > 0 for value in found.calibration.temperature.values()):
+        raise ConfigError(f"{path}: temperatures {found.calibration.temperature} are not of its heads, or not above 0")
+    return found
+
+
+def write_description(weights: Path, description: Description) -> None:
+    """Write the description beside `weights`."""
+    content: Mapping[str, Any] = msgspec.to_builtins(description)
+    description_path(weights).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load(weights: Path = WEIGHTS) -> keras.Model:
+    """The model with trained weights; its call on int16 (B, 8, 256, 256) gives a dict head -> softmax, not calibrated.
+
+    Raises SignatureMismatch when the weights are missing or are those of another architecture, ConfigError when their
+    description cannot be read.
+    """
+    described = describe(weights)
+    model = build(described.heads, described.sizes)
     try:
         model.load_weights(weights)
     except (OSError, ValueError) as error:
@@ -133,3 +200,23 @@ def load(weights: Path = WEIGHTS) -> keras.Model:
             f"{weights.name} does not fit the protocol model ({error}); run python -m serving.train protocol"
         ) from error
     return model
+
+
+def fine_tunable(start: Path, heads: Heads) -> tuple[keras.Model, list[str]]:
+    """A model with `heads` on the trained trunk of `start`, and the heads whose training it keeps.
+
+    Kept are those that read the same and have the same classes; the others begin anew. Raises as `load`.
+    """
+    before, trained = describe(start), load(start)
+    model = build(heads, before.sizes)
+    kept = [
+        name
+        for name, head in heads.items()
+        if name in before.heads and (before.heads[name].classes, before.heads[name].reads) == (head.classes, head.reads)
+    ]
+    anew = {f"{name}_{part}" for name in heads if name not in kept for part in ("hidden", "head")}
+    known = {layer.name: layer for layer in trained.layers}
+    for layer in model.layers:
+        if layer.weights and layer.name in known.keys() - anew:
+            layer.set_weights(known[layer.name].get_weights())
+    return model, kept

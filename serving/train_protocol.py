@@ -1,19 +1,27 @@
-"""Train and evaluate the protocol model: `python -m serving.train protocol [--evaluate]`.
+"""Train, calibrate and evaluate the protocol model: `python -m serving.train protocol [--calibrate] [--evaluate]`.
 
 Samples are drawn anew for every step, from its number and the seed alone: simulated series, and real heads that are
 turned, cropped, sharpened to bone kernels and given contrast medium. The real DICOM series are for evaluation only.
+`--heads FILE --labels CSV` trains other heads from a site's own series (`serving.site_series`), `--start WEIGHTS` from
+a trained trunk. A run that was cut short goes on with `--resume` and ends with the weights that it would have had.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -21,10 +29,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy import ndimage
 
+from herald.errors import ConfigError, SignatureMismatch
 from herald.header import Claim, header_claim
-from herald.signatures import HEADS, IN_PLANE, PROTOCOL_SLICES
+from herald.heads import TRIAGE_HEADS, Head, Heads, aggregate, read_heads
+from herald.signatures import IN_PLANE, PROTOCOL_SLICES
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, protocol_batch, read_datasets, volume_from_datasets
 from serving import readers
+from serving.calibration import LEAST, Scored, fit_temperature, measure, out_of_fold, tempered
 from serving.evaluation import wilson
 from serving.evaluation_report import Case, picture, report, write_report
 from serving.phantom import (
@@ -38,6 +49,7 @@ from serving.phantom import (
 )
 from serving.phantom.anatomy import HEAD_ORIGIN, HEAD_SHAPE, Float, Subject, atlas
 from serving.phantom.scanner import Acquisition, develop
+from serving.site_series import SiteSeries, held_out, prepare_site, read_labels
 
 # --- hyperparameters, each with its reason ---------------------------------------------------------------------------
 
@@ -49,6 +61,7 @@ CYCLES = (
     (360, 1e-3),
 )  # (steps, peak rate): the loss falls when each cosine comes down
 BATCH = 6  # small, for many steps in little time; large enough for batch normalisation over eight slices
+STEPS = sum(steps for steps, _ in CYCLES)
 WEIGHT_DECAY = 1e-4
 LABEL_SMOOTHING = 0.02  # keeps the softmaxes from certainty on what the simulation makes too easy
 HEAD_SUBJECTS, SERIES_PER_HEAD = 28, 14  # composing a head costs two seconds, scanning it a tenth
@@ -57,13 +70,19 @@ OTHER_SUBJECTS, SERIES_PER_OTHER = 26, 7
 CRANIUM_VARIANTS, SERIES_PER_CRANIUM = 4, 12  # one real thin-slice head, so many warps of it
 SERIES_PER_PATIENT = {"ct-ich": 8, "phe-sich": 2}  # PHE-SICH has lost what lies outside the brain window: fewer
 WORKERS = 2  # cores
-HELD_OUT_SUBJECTS = 32  # simulated, for evaluation
+HELD_OUT_SUBJECTS = 32  # simulated, for evaluation ...
+EVALUATION_SEED = 10_000_000
+CALIBRATION_SUBJECTS = 64  # ... and others for calibration
+CALIBRATION_SEED = 20_000_000
+SAVE_EVERY = 50  # steps, about a minute: what an interruption costs
 SHARES = {"head": 0.33, "other": 0.16, "skull": 0.10, "cranium": 0.11, "ct-ich": 0.25, "phe-sich": 0.05}
 TRAINED_ON = {"ct-ich": (1, 2), "phe-sich": (0,)}  # patients by rank modulo 3; the others are held out
 
 DATA = Path(os.environ.get("HERALD_DATA", "../shared/data"))
 CACHE = Path(".work/protocol")
-WEIGHTS = Path(__file__).parent / "weights" / "protocol.weights.h5"
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights" / "protocol.weights.h5"
+HEADS_FILE = HERE / "heads" / "default.toml"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +101,11 @@ class Sample:
         """The label of each head."""
         contrast = self.contrast if self.region == "head" else None  # of no interest in a body
         return {"contrast": contrast, "orientation": self.orientation, "kernel": kernel, "region": self.region}
+
+    def draw(self, rng: np.random.Generator) -> tuple[NDArray[np.int16], Mapping[str, str | None]]:
+        """The slices with a kernel and noise of their own, and the label of each head, None where undefined."""
+        kernel = "bone" if rng.random() < 0.42 else "soft"
+        return finish(self, kernel, rng), self.labels(kernel)
 
 
 # --- clean series, drawn once ----------------------------------------------------------------------------------------
@@ -397,65 +421,182 @@ def finish(sample: Sample, kernel: str, rng: np.random.Generator) -> NDArray[np.
 Batch = tuple[NDArray[np.int16], dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
 
 
+class Drawable(Protocol):
+    """A series from which training samples are drawn: a `Sample` or a `SiteSeries`."""
+
+    def draw(self, rng: np.random.Generator) -> tuple[NDArray[np.int16], Mapping[str, str | None]]:
+        """Eight slices, (8, 256, 256), and the labels that are known, by head."""
+
+
 class Source:
-    """All training series; `batch(i)` draws the batch of step i from the seed and i alone."""
+    """All training series by kind; `batch(i)` draws the batch of step i from the seed and i alone."""
 
-    def __init__(self, pools: Mapping[str, Sequence[Sample]]) -> None:
-        self.pools = pools
-        self.kinds = [kind for kind in SHARES if pools.get(kind)]
-        shares = np.array([SHARES[kind] for kind in self.kinds])
-        self.shares = shares / shares.sum()
+    def __init__(
+        self,
+        pools: Mapping[str, Sequence[Drawable]],
+        heads: Heads = TRIAGE_HEADS,
+        shares: Mapping[str, float] = SHARES,
+        seed: int = SEED,
+        batch: int = BATCH,
+    ) -> None:
+        """`shares` says how often each kind is drawn from; kinds without series are left out."""
+        self.pools, self.heads, self.seed, self.size = pools, heads, seed, batch
+        self.kinds = [kind for kind in shares if pools.get(kind)]
+        of_kinds = np.array([shares[kind] for kind in self.kinds])
+        self.shares = of_kinds / of_kinds.sum()
 
-    def sample(self, rng: np.random.Generator) -> tuple[NDArray[np.int16], dict[str, str | None]]:
+    def sample(self, rng: np.random.Generator) -> tuple[NDArray[np.int16], Mapping[str, str | None]]:
         """One training sample: eight slices and the label of each head, None where undefined."""
         pool = self.pools[str(rng.choice(self.kinds, p=self.shares))]
-        drawn = pool[int(rng.integers(len(pool)))]
-        kernel = "bone" if rng.random() < 0.42 else "soft"
-        return finish(drawn, kernel, rng), drawn.labels(kernel)
+        return pool[int(rng.integers(len(pool)))].draw(rng)
 
     def batch(self, step: int) -> Batch:
         """Volumes (B, 8, 256, 256), one-hot labels and weights by head; weight 0 where a label is undefined."""
-        drawn = [self.sample(np.random.default_rng((SEED, 99, step, k))) for k in range(BATCH)]
-        targets = {head: np.zeros((BATCH, len(labels)), np.float32) for head, labels in HEADS.items()}
-        weights = {head: np.zeros(BATCH, np.float32) for head in HEADS}
+        drawn = [self.sample(np.random.default_rng((self.seed, 99, step, k))) for k in range(self.size)]
+        targets = {name: np.zeros((self.size, len(head.classes)), np.float32) for name, head in self.heads.items()}
+        weights = {name: np.zeros(self.size, np.float32) for name in self.heads}
         for row, (_, known) in enumerate(drawn):
-            for head, label in known.items():
-                if label is not None:
-                    targets[head][row, HEADS[head].index(label)] = 1
-                    weights[head][row] = 1
+            for name, head in self.heads.items():
+                if (label := known.get(name)) in head.classes:
+                    targets[name][row, head.classes.index(label)] = 1
+                    weights[name][row] = 1
         return np.stack([volume for volume, _ in drawn]), targets, weights
 
 
-def train(source: Source, weights: Path, first_cycle: int) -> None:
-    """Train by AdamW from cycle `first_cycle` on, from scratch where that is 0, and save the weights after each."""
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a training run is made of, besides its series; a run is taken up again only with the same plan."""
+
+    heads: dict[str, Head]
+    channels: tuple[int, ...] = ()  # of the stages, where they are not those of the start or the default
+    cycles: tuple[tuple[int, float], ...] = CYCLES
+    seed: int = SEED
+    start: str = ""  # weights from which it was fine-tuned
+    series: str = ""  # where they came from
+
+    @property
+    def steps(self) -> int:
+        """Of all cycles."""
+        return sum(steps for steps, _ in self.cycles)
+
+
+def train(
+    source: Source,
+    weights: Path,
+    plan: Plan,
+    state: Path,
+    resume: bool = False,
+    save_every: int = SAVE_EVERY,
+    console: Console | None = None,
+) -> None:
+    """Train by AdamW, and write the weights and their description.
+
+    Every `save_every` steps, all that the next step depends on is saved in the folder `state`; with `resume`, the run
+    goes on from there. The folder goes when the run has ended. Raises ConfigError where its plan is another.
+    """
     import keras  # type: ignore[import-untyped]
     import tensorflow as tf  # type: ignore[import-untyped]
 
-    from serving.protocol import build, load
+    from serving.protocol import SIZES, Description, build, describe, fine_tunable, write_description
 
-    tf.config.threading.set_intra_op_parallelism_threads(2)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    keras.utils.set_random_seed(SEED)
-    model = load(weights) if first_cycle else build()
+    console = console or Console(stderr=True)
+    with suppress(RuntimeError):  # TensorFlow was already at work in this process
+        tf.config.threading.set_intra_op_parallelism_threads(WORKERS)
+        tf.config.threading.set_inter_op_parallelism_threads(1)
+    # saves no time here, and TensorFlow 2.21's fails now and then: the same run would round otherwise
+    tf.config.optimizer.set_experimental_options({"remapping": False})
+    keras.utils.set_random_seed(plan.seed)
+    if plan.start:
+        model, kept = fine_tunable(Path(plan.start), plan.heads)
+        sizes = describe(Path(plan.start)).sizes
+        anew = [name for name in plan.heads if name not in kept]
+        console.print(f"kept of {plan.start}: {', '.join(['trunk', *kept])}; begun anew: {', '.join(anew) or 'none'}")
+    else:
+        sizes = msgspec.structs.replace(SIZES, channels=plan.channels) if plan.channels else SIZES
+        model = build(plan.heads, sizes)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(_rate(plan.cycles), weight_decay=WEIGHT_DECAY, clipnorm=1.0),
+        loss={name: keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING) for name in plan.heads},
+        loss_weights={name: head.loss_weight for name, head in plan.heads.items()},
+        weighted_metrics={name: [keras.metrics.CategoricalAccuracy(name="accuracy")] for name in plan.heads},
+        jit_compile=False,  # XLA is slower than oneDNN on a CPU
+    )
+    done = _begin(plan, state, resume)
+    if done:
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(state / f"{done}.weights.h5")
+        console.print(f"going on after step {done} of {plan.steps}")
+    dropouts = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    with progress_bar() as bar:
+        task = bar.add_task("training", total=plan.steps, completed=done)
+        while done < plan.steps:
+            count = min(save_every, plan.steps - done)
+            for layer in dropouts:  # its random numbers are no part of the saved state
+                layer.seed_generator.state.assign([plan.seed, done])
+            told = model.fit(_batches(source, done, count), epochs=1, shuffle=False, verbose=0).history
+            done += count
+            model.save_weights(state / "part.weights.h5")
+            (state / "part.weights.h5").replace(state / f"{done}.weights.h5")
+            for former in _saved(state)[:-1]:
+                (state / f"{former}.weights.h5").unlink()
+            accuracy = ", ".join(f"{name} {told[_metric(told, name)][-1]:.2f}" for name in plan.heads)
+            bar.console.print(f"step {done}: loss {told['loss'][-1]:.3f}, accuracy: {accuracy}")
+            bar.update(task, completed=done)
+    bare = build(plan.heads, sizes)  # without the optimizer's variables
+    bare.set_weights(model.get_weights())
     weights.parent.mkdir(parents=True, exist_ok=True)
-    for cycle, (steps, peak) in enumerate(CYCLES):
-        if cycle < first_cycle:
-            continue
-        rate = keras.optimizers.schedules.CosineDecay(
-            peak / 10, steps - steps // 20, 0.01, warmup_target=peak, warmup_steps=steps // 20
-        )
-        model.compile(
-            optimizer=keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY, clipnorm=1.0),
-            loss={head: keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING) for head in HEADS},
-            loss_weights={head: 2.0 if head == "contrast" else 1.0 for head in HEADS},  # it is learned last
-            weighted_metrics={head: [keras.metrics.CategoricalAccuracy(name="accuracy")] for head in HEADS},
-            jit_compile=False,  # XLA is slower than oneDNN on a CPU
-        )
-        batches = _batches(source, sum(n for n, _ in CYCLES[:cycle]), steps)
-        model.fit(batches, epochs=1, shuffle=False, verbose=1)
-        bare = build()  # without the optimizer's variables
-        bare.set_weights(model.get_weights())
-        bare.save_weights(weights)
+    bare.save_weights(weights)
+    write_description(weights, Description(dict(plan.heads), sizes))
+    shutil.rmtree(state)
+
+
+def _rate(cycles: Sequence[tuple[int, float]]) -> Any:
+    """One warm-up and cosine after another."""
+    import keras
+
+    class Cycles(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+        def __call__(self, step: Any) -> Any:
+            rate, first = 0.0, 0
+            for steps, peak in cycles:
+                decay = keras.optimizers.schedules.CosineDecay(
+                    peak / 10, steps - steps // 20, 0.01, warmup_target=peak, warmup_steps=steps // 20
+                )
+                rate = keras.ops.where(step >= first, decay(step - first), rate)
+                first += steps
+            return rate
+
+        def get_config(self) -> dict[str, Any]:
+            return {"cycles": cycles}
+
+    return Cycles()
+
+
+def _metric(told: Mapping[str, Any], name: str) -> str:
+    """Keras leaves the name of an only output out."""
+    return f"{name}_accuracy" if f"{name}_accuracy" in told else "accuracy"
+
+
+def _begin(plan: Plan, state: Path, resume: bool) -> int:
+    """Steps done before: those of the saved state with `resume`, else none, and what was saved is cleared away."""
+    run = state / "plan.json"
+    if resume and run.exists() and (saved := _saved(state)):
+        former, wanted = json.loads(run.read_text(encoding="utf-8")), json.loads(msgspec.json.encode(plan))
+        if differ := [key for key in wanted if former.get(key) != wanted[key]]:
+            raise ConfigError(
+                f"the run in {state} was another: {', '.join(differ)} differ; give the same options, or leave --resume"
+                " out to begin anew"
+            )
+        return saved[-1]
+    shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(parents=True)
+    run.write_bytes(msgspec.json.encode(plan))
+    return 0
+
+
+def _saved(state: Path) -> list[int]:
+    return sorted(int(name) for p in state.glob("*.weights.h5") if (name := p.name.split(".")[0]).isdecimal())
 
 
 def _batches(source: Source, first: int, steps: int) -> Any:
@@ -485,18 +626,47 @@ EVALUATION_SETS = ("dicom", *readers.SETS, "simulated")
 Predict = Callable[[NDArray[np.int16]], Mapping[str, NDArray[np.float32]]]
 
 
-def predictor(weights: Path) -> Predict:
-    """The trained model as a function of int16 (B, 8, 256, 256), mean over the chunks of one series."""
+def scorer(weights: Path) -> Predict:
+    """The trained model as a function of int16 (B, 8, 256, 256): softmaxes (B, C) by head, not calibrated."""
     from serving.protocol import load
 
     model = load(weights)
-    return lambda batch: {h: np.asarray(p).mean(axis=0) for h, p in model.predict_on_batch(batch).items()}
+    return lambda batch: {name: np.asarray(scores) for name, scores in model.predict_on_batch(batch).items()}
 
 
-def evaluation_sets(
-    data: Path, sets: Sequence[str]
-) -> Iterator[tuple[str, str, Volume, Mapping[str, str], bool | None, Claim | None]]:
-    """(set, name, volume, labels, child, claim of the header) of everything in `sets`; labels only where known."""
+def predictor(weights: Path) -> Predict:
+    """As `scorer`, but calibrated, and the chunks of one series made one: (C,) by head, as the node has it."""
+    from serving.protocol import describe
+
+    score, described = scorer(weights), describe(weights)
+
+    def predict(batch: NDArray[np.int16]) -> Mapping[str, NDArray[np.float32]]:
+        return {
+            name: aggregate(
+                tempered(scores, described.calibration.temperature.get(name, 1.0)), described.heads[name].aggregation
+            )
+            for name, scores in score(batch).items()
+        }
+
+    return predict
+
+
+Evaluated = tuple[str, str, Volume, Mapping[str, str], bool | None, Claim | None]
+"""Set, name, volume, labels where known, child, claim of the header."""
+
+
+def site_sets(site: Sequence[SiteSeries]) -> Iterator[Evaluated]:
+    """A site's own series, those kept aside first."""
+    training, aside = held_out(site)
+    for group, series in (("site, held out", aside), ("site, trained on", training)):
+        for one in series:
+            labels = {name: label for name, label in one.row.labels.items() if label is not None}
+            volume, _ = one.row.volume()
+            yield group, f"{one.patient} line {one.row.line}", volume, labels, None, None
+
+
+def evaluation_sets(data: Path, sets: Sequence[str]) -> Iterator[Evaluated]:
+    """Everything in `sets`; labels only where known."""
     for name, labels in DICOM_SERIES.items():
         files = sorted((data / name).glob("*.dcm"))
         if files and "dicom" in sets:
@@ -504,29 +674,24 @@ def evaluation_sets(
             volume = volume_from_datasets(datasets)
             yield "dicom", name, volume, labels, None, header_claim(datasets[0], volume.orientation)
     for source in [source for source in readers.SETS if source in sets]:
-        for held_out in (True, False):
-            for name in patients_of(data, source, held_out):
+        for aside in (True, False):
+            for name in patients_of(data, source, aside):
                 patient = read_patient(data, source, name)
                 positions = np.arange(len(patient.stack)) * np.float64(patient.spacing_mm)
                 volume = Volume(patient.stack, positions, (patient.pixel_mm, patient.pixel_mm))
-                group = f"{source}, {'held out' if held_out else 'trained on'}"
+                group = f"{source}, {'held out' if aside else 'trained on'}"
                 yield group, patient.name, volume, HEAD_SCAN, patient.child, None
     for i in range(HELD_OUT_SUBJECTS if "simulated" in sets else 0):
-        yield (
-            "simulated, held out",
-            str(i),
-            *_simulated(i),
-            None,
-            None,
-        )  # our own writer's headers would be right by construction
+        # our own writer's headers would be right by construction
+        yield "simulated, held out", str(i), *_simulated(i), None, None
 
 
-def _simulated(i: int) -> tuple[Volume, Mapping[str, str]]:
-    """The i-th simulated series for evaluation, from seeds that training never uses."""
-    rng = np.random.default_rng((SEED, 12345, i))
+def _simulated(i: int, first: int = EVALUATION_SEED) -> tuple[Volume, Mapping[str, str]]:
+    """The i-th simulated series for evaluation or, by another `first` seed, calibration; training uses neither."""
+    rng = np.random.default_rng((SEED, 12345, i) if first == EVALUATION_SEED else (SEED, first, i))
     region = "head" if i % 4 else str(rng.choice(OTHER_REGIONS))
     series = simulate(
-        10_000_000 + i,
+        first + i,
         region=region,
         contrast=str(rng.choice(["non_contrast", str(rng.choice(CONTRAST_PHASES))])),
         orientation=("axial", "axial", "coronal", "sagittal")[(i // 4) % 4],
@@ -540,16 +705,29 @@ def _simulated(i: int) -> tuple[Volume, Mapping[str, str]]:
     return series.volume, labels
 
 
-def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console) -> list[Case]:
-    """Print every DICOM series and every wrong decision, then right ones by set and head; returns all as cases."""
+def evaluate(
+    predict: Predict,
+    data: Path,
+    sets: Sequence[str],
+    console: Console,
+    heads: Heads = TRIAGE_HEADS,
+    site: Sequence[SiteSeries] = (),
+) -> list[Case]:
+    """Print every DICOM series and every wrong decision, then right ones by set and head; returns all as cases.
+
+    A label that a head does not know, as of a body part, is not counted.
+    """
     right: dict[str, dict[str, list[float]]] = {}
     cases: list[Case] = []
-    for group, name, volume, labels, child, claim in evaluation_sets(data, sets):
+    for group, name, volume, known, child, claim in chain(site_sets(site), evaluation_sets(data, sets)):
+        labels = {h: label for h, label in known.items() if h in heads and label in heads[h].classes}
+        if not labels:
+            continue
         batch = protocol_batch(volume)
         answer = predict(batch)
-        cases += _cases(group, name, volume, labels, child, claim, answer, _overview(batch[0]))
+        cases += _cases(group, name, volume, labels, child, claim, answer, _overview(batch[0]), heads)
         told, wrong = [], False
-        for head, classes in HEADS.items():
+        for head, classes in ((h, head.classes) for h, head in heads.items()):
             best = int(np.argmax(answer[head]))
             told.append(f"{classes[best]} {answer[head][best]:.2f}")
             if head in labels:
@@ -561,8 +739,8 @@ def evaluate(predict: Predict, data: Path, sets: Sequence[str], console: Console
         if wrong or group == "dicom":
             console.print(f"{group} {name}: {', '.join(told)}")
     table = Table("set", "head", "right", "95 % Wilson interval", "above 0.75", title="decisions of the protocol model")
-    for group, heads in right.items():
-        for head, outcomes in heads.items():
+    for group, of_heads in right.items():
+        for head, outcomes in of_heads.items():
             k, n = sum(v > 0 for v in outcomes), len(outcomes)
             _, low, high = wilson(k, n)
             table.add_row(group, head, f"{k}/{n}", f"{low:.3f} to {high:.3f}", f"{sum(v > 0.75 for v in outcomes)}/{n}")
@@ -579,13 +757,16 @@ def _cases(
     claim: Claim | None,
     answer: Mapping[str, NDArray[np.float32]],
     overview: bytes,
+    heads: Heads,
 ) -> list[Case]:
     """One series as a case of each head whose label is known."""
+    patient, _, row = name.partition(" line ")
     return [
         Case(
             task=head,
             source=name.partition("/")[0] if group == "dicom" else group,  # a head and a phantom are no set
-            patient=name,
+            patient=patient,
+            name=row,
             truth=labels[head],
             probability=dict(zip(classes, answer[head].tolist(), strict=True)),
             unit="series",
@@ -594,13 +775,68 @@ def _cases(
             child=child,
             kernel=labels.get("kernel", "") if head != "kernel" else "",
             thickness_mm=volume.slice_spacing_mm,
-            header=None if claim is None else claim[head] or "",
+            header=None if claim is None or head not in claim else claim[head] or "",
             picture=overview,
             picture_shows="eight slices, window 40/400",
         )
-        for head, classes in HEADS.items()
+        for head, classes in ((name, head.classes) for name, head in heads.items())
         if head in labels
     ]
+
+
+def calibrate(
+    score: Predict, weights: Path, data: Path, site: Sequence[SiteSeries], series: int, console: Console
+) -> None:
+    """Fit a temperature for each head on series that training never saw, and store it beside the weights.
+
+    Log loss and calibration error are those of temperatures fitted without the series that they are measured on.
+    Real and simulated sets weigh the same. A head with fewer than `LEAST` series, or of a single class, keeps 1.
+    """
+    from serving.protocol import Calibration, describe, write_description
+
+    described = describe(weights)
+    cases: dict[str, list[Scored]] = {name: [] for name in described.heads}
+    counts: dict[str, int] = {}
+    with progress_bar() as bar:
+        held = [one for one in chain(site_sets(site), evaluation_sets(data, tuple(readers.SETS))) if _is_aside(one)]
+        simulated = (("simulated", str(i), *_simulated(i, CALIBRATION_SEED), None, None) for i in range(series))
+        total = len(held) + series
+        for group, _, volume, labels, _, _ in bar.track(chain(held, simulated), total=total, description="scoring"):
+            scores = score(protocol_batch(volume))
+            counts[group] = counts.get(group, 0) + 1
+            for name, head in described.heads.items():
+                if (label := labels.get(name)) in head.classes:
+                    cases[name].append(Scored(scores[name], head.classes.index(label), group))
+    temperature, measured = {}, {}
+    table = Table(
+        "head", "series", "temperature", "log loss", "calibration error", title="before and after, out of fold"
+    )
+    for name, head in described.heads.items():
+        if len(cases[name]) < LEAST or len({case.truth for case in cases[name]}) < 2:
+            table.add_row(name, str(len(cases[name])), "not fitted: too few series, or of one class", "", "")
+            continue
+        how = head.aggregation
+        temperature[name] = fit_temperature(cases[name], how)
+        before = measure(cases[name], [1.0] * len(cases[name]), how)
+        after = measure(cases[name], out_of_fold(cases[name], how), how)
+        measured[name] = {"before": asdict(before), "after": asdict(after)}
+        table.add_row(
+            name,
+            str(before.series),
+            f"{temperature[name]:.2f}",
+            f"{before.log_loss:.4f} to {after.log_loss:.4f}",
+            f"{before.calibration_error:.4f} to {after.calibration_error:.4f}",
+        )
+    console.print(table)
+    obtained = ", ".join(f"{count} {group.partition(',')[0]}" for group, count in counts.items())
+    calibration = Calibration(temperature, f"{obtained} series kept from training", measured)
+    write_description(
+        weights, msgspec.structs.replace(described, calibration=calibration if temperature else Calibration())
+    )
+
+
+def _is_aside(one: Evaluated) -> bool:
+    return one[0].endswith("held out")
 
 
 def _overview(chunk: NDArray[np.int16]) -> bytes:
@@ -617,29 +853,103 @@ def progress_bar() -> Progress:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train the protocol model, or evaluate its weights."""
+    """Train the protocol model, calibrate it, or evaluate its weights."""
+    try:
+        return _main(_options(argv))
+    except (ConfigError, SignatureMismatch) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serving.train protocol", description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the real data sets")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for the simulated series")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights to write or to evaluate")
-    parser.add_argument("--cycle", type=int, default=0, choices=range(len(CYCLES)), help="go on from --weights there")
-    parser.add_argument("--prepare", action="store_true", help="only simulate the training series")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for prepared series and unfinished runs")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights to write, to calibrate or to evaluate")
+    parser.add_argument("--heads", type=Path, help="TOML of heads and classes (default: those of triage)")
+    parser.add_argument(
+        "--labels", type=Path, help="CSV of your own series: path, patient and columns named after heads"
+    )
+    parser.add_argument(
+        "--site-share", type=float, default=1.0, help="of samples from --labels; others are the built-in"
+    )
+    parser.add_argument("--start", type=Path, help="weights to fine-tune; heads with other classes begin anew")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
+    parser.add_argument("--steps", type=int, help=f"of one cycle (default: {len(CYCLES)} cycles, {STEPS} steps)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of --steps")
+    parser.add_argument("--channels", type=int, nargs="+", help="of each stage (default: those of the shipped model)")
+    parser.add_argument("--seed", type=int, default=SEED, help="same seed, same series: same weights")
+    parser.add_argument("--prepare", action="store_true", help="only prepare the training series")
+    parser.add_argument("--calibrate", action="store_true", help="only fit a temperature for each head of --weights")
+    parser.add_argument(
+        "--simulate", type=int, default=CALIBRATION_SUBJECTS, help="simulated series to calibrate on, besides real ones"
+    )
     parser.add_argument("--evaluate", action="store_true", help="only evaluate")
     parser.add_argument(
         "--report", type=Path, default=CACHE / "report.html", help="page of the evaluation, pictures too"
     )
     parser.add_argument(
-        "--sets", nargs="+", choices=EVALUATION_SETS, default=EVALUATION_SETS, help="what to evaluate on"
+        "--sets", nargs="*", choices=EVALUATION_SETS, help="what to evaluate on (default: all, none beside --labels)"
     )
     options = parser.parse_args(argv)
+    if options.start and options.channels:
+        parser.error("--channels are those of --start: leave one of the two out")
+    if not 0 < options.site_share <= 1:
+        parser.error("--site-share is above 0 and at most 1")
+    if options.sets is None:
+        options.sets = () if options.labels else EVALUATION_SETS
+    return options
+
+
+def _main(options: argparse.Namespace) -> int:
+    from serving.protocol import describe
+
     console = Console(width=140)
-    if not options.evaluate:
-        pools = prepare(options.cache, options.data)
+    training = not (options.evaluate or options.calibrate)
+    heads = read_heads(options.heads or HEADS_FILE) if training else dict(describe(options.weights).heads)
+    rows = read_labels(options.labels, heads) if options.labels else []
+    site = prepare_site(rows, options.cache / "site") if rows else []
+    if training:
+        series, _ = held_out(site)
+        pools: dict[str, Sequence[Drawable]] = {"site": series}
+        shares = {"site": options.site_share, **{k: v * (1 - options.site_share) for k, v in SHARES.items()}}
+        if not site:
+            shares = dict(SHARES)
+        built_in = not site or options.site_share < 1
+        unknown = [name for name in heads if not _labelled(name, heads, site, built_in)]
+        if unknown:
+            raise ConfigError(f"no series tells {', '.join(unknown)}; add a column of that name to the CSV of --labels")
+        if built_in:
+            pools |= prepare(options.cache, options.data)
         if options.prepare:
             return 0
-        train(Source(pools), options.weights, options.cycle)
-    cases = evaluate(predictor(options.weights), options.data, options.sets, console)
-    about = {"Weights": options.weights.name, "Sets": ", ".join(options.sets)}
+        plan = Plan(
+            heads=heads,
+            channels=tuple(options.channels or ()),
+            cycles=((options.steps, options.rate),) if options.steps else CYCLES,
+            seed=options.seed,
+            start=str(options.start or ""),
+            series=_described(options, site),
+        )
+        train(Source(pools, heads, shares, options.seed), options.weights, plan, options.cache / "run", options.resume)
+    if options.calibrate:
+        calibrate(scorer(options.weights), options.weights, options.data, site, options.simulate, console)
+        return 0
+    cases = evaluate(predictor(options.weights), options.data, options.sets, console, heads, site)
+    about = {"Weights": options.weights.name, "Sets": ", ".join([*(["site"] if site else []), *options.sets])}
     write_report(options.report, *report(cases, "Protocol: evaluation", about))
     console.print(f"figures with pictures, not to be committed where they are of patients: {options.report}")
     return 0
+
+
+def _labelled(name: str, heads: Heads, site: Sequence[SiteSeries], built_in: bool) -> bool:
+    """Whether some training series has a label of a head."""
+    known = name in TRIAGE_HEADS and set(TRIAGE_HEADS[name].classes) & set(heads[name].classes)
+    return (built_in and bool(known)) or any(one.row.labels.get(name) for one in site)
+
+
+def _described(options: argparse.Namespace, site: Sequence[SiteSeries]) -> str:
+    """Which series a run draws from, so that it is not taken up again with others."""
+    known = [(one.patient, one.pixels.name, dict(one.row.labels)) for one in site]
+    digest = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+    return f"site {digest}, share {options.site_share}" if site else "built-in"

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herald.config import RouterConfig
+from herald.errors import SignatureMismatch
 from herald.signatures import HEADS
 from router.decision import REQUIRED, decide
 
@@ -82,3 +83,25 @@ def test_every_answer_gives_one_decision_and_a_refusal_has_a_reason(data: st.Dat
     assert decision.eligible or decision.reasons
     assert not (decision.uncertain and not decision.eligible)
     assert set(decision.protocol) == set(HEADS)
+
+
+def test_further_heads_are_told_and_decide_nothing() -> None:
+    decision = decide({**answers(), "phase": {"arterial": 0.4, "delayed": 0.6}}, NOTHING, CONFIG)
+    assert decision.eligible
+    assert not decision.uncertain
+    assert decision.protocol["phase"].label == "delayed"
+
+
+def test_a_header_that_names_a_class_the_model_does_not_know_disagrees_with_nothing() -> None:
+    regions = {"head": 0.1, "chest": 0.9}
+    decision = decide({**answers(), "region": regions}, {**NOTHING, "region": "other"}, CONFIG)
+    assert not decision.eligible
+    assert decision.reasons[0].startswith("region: chest (0.90)")
+    assert decision.disagreements == ()
+
+
+def test_a_model_that_cannot_tell_what_triage_needs_is_refused_with_what_it_lacks() -> None:
+    lacking = {**answers(), "region": {"chest": 0.5, "abdomen": 0.5}}
+    del lacking["contrast"]
+    with pytest.raises(SignatureMismatch, match=r"no head contrast .*, no class head in its head region"):
+        decide(lacking, NOTHING, CONFIG)

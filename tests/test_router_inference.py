@@ -19,7 +19,7 @@ from herald.errors import ServingError, ServingUnavailable, SignatureMismatch
 from herald.signatures import FINDINGS, HEADS, HEMORRHAGE, PROTOCOL, TensorSpec
 from herald.tensors import read_tensor, write_tensor
 from router import inference
-from router.inference import InferenceClient, runs
+from router.inference import InferenceClient, ServedModel, runs
 from serving.server import ModelServer
 from serving.stubs import predict_pb2, prediction_service_pb2_grpc
 
@@ -259,7 +259,40 @@ def test_a_wrong_volume_is_refused_with_the_servers_reason(client):
 
 
 def test_check_returns_the_versions_of_models_that_fit(client):
-    assert client.check() == {"protocol": "1", "hemorrhage": "1"}
+    assert client.check() == {"protocol": ServedModel("1", {}), "hemorrhage": ServedModel("1", {})}
+
+
+def _answer(request, card: bytes, **heads: list[list[float]]):
+    response = predict_pb2.PredictResponse()
+    for name, scores in heads.items():
+        write_tensor(response.outputs[name], np.array(scores, np.float32))
+    write_tensor(response.outputs["card"], np.frombuffer(card, np.uint8))
+    return response
+
+
+def test_heads_and_their_classes_are_those_that_the_answering_version_names(refusing):
+    card = b'{"heads": {"phase": {"classes": ["early", "late"], "aggregation": "max"}}}'
+    refusing.answer = lambda request: _answer(request, card, phase=[[0.9, 0.1], [0.4, 0.6]], other=[[1.0]])
+    with InferenceClient(refusing.address, deadline_s=60) as client:
+        answered = client.classify_protocol(VOLUMES)
+    assert answered.heads == {"phase": pytest.approx({"early": 0.6, "late": 0.4})}
+
+
+@pytest.mark.parametrize(
+    ("card", "reason"),
+    [
+        (b"{", "the card of model protocol version 0 at .* cannot be read"),
+        (b"[]", "cannot be read \\(a list\\)"),
+        (b'{"heads": {"phase": {"classes": ["early"]}}}', "head phase: .* not at least two"),
+        (b'{"heads": {"phase": {"classes": ["a", "b", "c"]}}}', r"'phase' in the shape \[2, 2\], .* are a, b, c"),
+        (b'{"heads": {"region": {"classes": ["a", "b"]}}}', "did not answer output 'region'"),
+    ],
+    ids=str,
+)
+def test_a_card_that_does_not_fit_its_answer_is_a_mismatch_that_says_why(refusing, card, reason):
+    refusing.answer = lambda request: _answer(request, card, phase=[[0.9, 0.1], [0.4, 0.6]])
+    with InferenceClient(refusing.address, deadline_s=60) as client, pytest.raises(SignatureMismatch, match=reason):
+        client.classify_protocol(VOLUMES)
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,9 @@ def project(tmp_path: Path, small: keras.Model, monkeypatch: pytest.MonkeyPatch)
     weights, calibration = tmp_path / "hemorrhage.weights.h5", tmp_path / "hemorrhage.json"
     small.save_weights(weights)
     calibration.write_text(json.dumps({"findings": list(FINDINGS), **CALIBRATION}))
-    monkeypatch.setitem(exporting.SOURCES, "hemorrhage", [weights, calibration])
-    monkeypatch.setattr(exporting.hemorrhage, "load", lambda: small)
+    monkeypatch.setitem(exporting.CODE, "hemorrhage", [])
+    monkeypatch.setitem(exporting.WEIGHTS, "hemorrhage", weights)
+    monkeypatch.setattr(exporting.hemorrhage, "load", lambda weights: small)
     return tmp_path
 
 
@@ -149,7 +150,31 @@ def test_what_is_exported_already_is_left_alone_and_a_change_gets_the_next_numbe
     card = json.loads((folder / "assets.extra" / "model.json").read_text())
     assert card["version"] == 2
     assert card["calibration"]["threshold"] == [1.0] * 5
+    assert card["measured"] == {}
     assert card["weights_sha256"] == hashlib.sha256((project / "hemorrhage.weights.h5").read_bytes()).hexdigest()
+
+
+def test_the_card_is_an_output_of_the_model_and_leaves_the_bulk_of_the_calibration_out(project):
+    told = {"sensitivity": [0.95, 0.9, 1.0], "patient_auc": [0.9, 0.8, 1.0]}
+    calibration = {"findings": list(FINDINGS), **CALIBRATION, "obtained": "5 of 5 folds", "target_sensitivity": 0.95,
+                   "runs": [{"fold": 0}], "metrics": {"ct-ich": {"patients": 41, "any": told}, "odd": 3}}  # fmt: skip
+    (project / "hemorrhage.json").write_text(json.dumps(calibration))
+    folder, _ = export("hemorrhage", project / "models")
+    card = json.loads((folder / "assets.extra" / "model.json").read_text())
+    assert card["measured"] == {"ct-ich": {"patients": 41, "sensitivity": [0.95, 0.9, 1.0]}}
+    assert card["target_sensitivity"] == 0.95
+    assert not {"runs", "metrics"} & card.keys()
+    compiled = openvino.compile_model(openvino.Core().read_model(str(folder)), "CPU")
+    outputs = compiled({"volume": head(1)})
+    assert json.loads(bytes(outputs[compiled.output("card")])) == card
+
+
+def test_weights_of_ones_own_are_exported_for_the_model_they_are_named_with(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--weights", "own.weights.h5"])
+    assert "name it with --only" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path), "--only", "protocol", "--weights", str(tmp_path / "own.weights.h5")]) == 1
+    assert "own.weights.h5 is missing" in capsys.readouterr().err
 
 
 def test_a_failed_export_leaves_the_former_version_and_no_litter(project, monkeypatch):
