@@ -655,18 +655,18 @@ Evaluated = tuple[str, str, Volume, Mapping[str, str], bool | None, Claim | None
 """Set, name, volume, labels where known, child, claim of the header."""
 
 
-def site_sets(site: Sequence[SiteSeries]) -> Iterator[Evaluated]:
+def site_sets(site: Sequence[SiteSeries], aside_only: bool = False) -> Iterator[Evaluated]:
     """A site's own series, those kept aside first."""
     training, aside = held_out(site)
-    for group, series in (("site, held out", aside), ("site, trained on", training)):
+    for group, series in (("site, held out", aside), ("site, trained on", () if aside_only else training)):
         for one in series:
             labels = {name: label for name, label in one.row.labels.items() if label is not None}
             volume, _ = one.row.volume()
             yield group, f"{one.patient} line {one.row.line}", volume, labels, None, None
 
 
-def evaluation_sets(data: Path, sets: Sequence[str]) -> Iterator[Evaluated]:
-    """Everything in `sets`; labels only where known."""
+def evaluation_sets(data: Path, sets: Sequence[str], aside_only: bool = False) -> Iterator[Evaluated]:
+    """Everything in `sets`, or only what of it was kept from training; labels only where known."""
     for name, labels in DICOM_SERIES.items():
         files = sorted((data / name).glob("*.dcm"))
         if files and "dicom" in sets:
@@ -674,7 +674,7 @@ def evaluation_sets(data: Path, sets: Sequence[str]) -> Iterator[Evaluated]:
             volume = volume_from_datasets(datasets)
             yield "dicom", name, volume, labels, None, header_claim(datasets[0], volume.orientation)
     for source in [source for source in readers.SETS if source in sets]:
-        for aside in (True, False):
+        for aside in (True,) if aside_only else (True, False):
             for name in patients_of(data, source, aside):
                 patient = read_patient(data, source, name)
                 positions = np.arange(len(patient.stack)) * np.float64(patient.spacing_mm)
@@ -798,10 +798,9 @@ def calibrate(
     cases: dict[str, list[Scored]] = {name: [] for name in described.heads}
     counts: dict[str, int] = {}
     with progress_bar() as bar:
-        held = [one for one in chain(site_sets(site), evaluation_sets(data, tuple(readers.SETS))) if _is_aside(one)]
+        real = chain(site_sets(site, aside_only=True), evaluation_sets(data, tuple(readers.SETS), aside_only=True))
         simulated = (("simulated", str(i), *_simulated(i, CALIBRATION_SEED), None, None) for i in range(series))
-        total = len(held) + series
-        for group, _, volume, labels, _, _ in bar.track(chain(held, simulated), total=total, description="scoring"):
+        for group, _, volume, labels, _, _ in bar.track(chain(real, simulated), total=None, description="scoring"):
             scores = score(protocol_batch(volume))
             counts[group] = counts.get(group, 0) + 1
             for name, head in described.heads.items():
@@ -833,10 +832,6 @@ def calibrate(
     write_description(
         weights, msgspec.structs.replace(described, calibration=calibration if temperature else Calibration())
     )
-
-
-def _is_aside(one: Evaluated) -> bool:
-    return one[0].endswith("held out")
 
 
 def _overview(chunk: NDArray[np.int16]) -> bytes:

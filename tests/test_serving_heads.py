@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from served_models import eventually
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -319,6 +321,13 @@ def test_fine_tuning_keeps_the_trunk_and_the_heads_whose_classes_are_the_same(tm
         assert all(np.array_equal(a, b) for a, b in zip(before[name], after[name], strict=True)), name
     assert after["region_head"][0].shape[-1] == 3
 
+    told = StringIO()
+    plan = Plan(heads=wanted, cycles=((1, 1e-3),), start=str(start))
+    source = Source(SOURCE.pools, wanted, batch=2)
+    train(source, tmp_path / "own.weights.h5", plan, tmp_path / "run", console=Console(file=told, width=500))
+    assert "trunk, contrast, orientation, kernel; begun anew: region, side" in told.getvalue()
+    assert protocol.describe(tmp_path / "own.weights.h5").heads == wanted
+
 
 SOURCE = Source(
     {"head": [Sample(np.full((8, 256, 256), 40, np.int16), "contrast", "axial", "head", 0.9, 5.0)]}, batch=2
@@ -345,10 +354,11 @@ def _trained(folder: Path, resume: bool = False, plan: Plan = PLAN) -> list[np.n
     return list(protocol.load(folder / "own.weights.h5").get_weights())
 
 
+@pytest.mark.timeout(400)  # TensorFlow starts twice
 def test_a_run_that_was_killed_and_taken_up_again_ends_with_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-c", KILLED, str(here.parent), str(here), str(tmp_path)]
-    died = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    died = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     saved = {path.name for path in (tmp_path / "run").glob("*.weights.h5")}
     assert saved == {"4.weights.h5"}

@@ -1,0 +1,55 @@
+"""Temperature scaling: what is fitted, what it mends, and what it must not do."""
+
+import numpy as np
+import pytest
+
+from serving.calibration import Scored, fit_temperature, measure, out_of_fold, tempered
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (raised / raised.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def cases(temperature: float, count: int = 600, group: str = "a", seed: int = 0) -> list[Scored]:
+    """Series whose true class is drawn from the model's softmax as it would be at `temperature`."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for logits in rng.normal(0, 3, (count, 3)):
+        share = np.exp(logits / temperature)
+        found.append(Scored(softmax(logits)[None], int(rng.choice(3, p=share / share.sum())), group))
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_the_temperature_at_which_the_truth_was_drawn_is_found(temperature: float) -> None:
+    assert fit_temperature(cases(temperature), "mean") == pytest.approx(temperature, rel=0.15)
+
+
+def test_a_model_that_is_too_sure_gets_a_lower_log_loss_and_calibration_error_out_of_fold() -> None:
+    drawn = cases(3.0)
+    before = measure(drawn, [1.0] * len(drawn), "mean")
+    after = measure(drawn, out_of_fold(drawn, "mean"), "mean")
+    assert after.log_loss < 0.8 * before.log_loss
+    assert after.calibration_error < 0.4 * before.calibration_error
+    assert before.series == after.series == 600
+
+
+def test_a_head_that_is_always_right_is_not_made_infinitely_sure() -> None:
+    right = [Scored(np.array([[0.9, 0.1]], np.float32), 0, "a") for _ in range(20)]
+    fitted = fit_temperature(right, "mean")
+    assert tempered(right[0].softmax, fitted)[0, 0] == pytest.approx(21 / 22, abs=0.01)
+
+
+def test_a_small_set_weighs_as_much_as_a_large_one() -> None:
+    large, small = cases(1.0, 900, "a"), cases(4.0, 90, "b", seed=1)
+    pooled = [Scored(case.softmax, case.truth, "a") for case in (*large, *small)]
+    assert fit_temperature([*large, *small], "mean") > 1.3 * fit_temperature(pooled, "mean")
+
+
+def test_chunks_are_tempered_before_they_are_made_one_as_the_node_does() -> None:
+    softmaxes = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+    case = Scored(softmaxes, 0, "a")
+    warm = softmaxes**0.5 / (softmaxes**0.5).sum(axis=1, keepdims=True)
+    assert measure([case], [2.0], "mean").log_loss == pytest.approx(-np.log(warm[:, 0].mean()), abs=1e-5)
+    assert tempered(softmaxes, 1.0) == pytest.approx(softmaxes, abs=1e-6)
