@@ -36,6 +36,7 @@ class SimulatedSeries:
     image_positions_mm: NDArray[np.float64]  # (D, 3) patient x, y, z of the first pixel
     image_orientation: tuple[float, ...]  # six direction cosines
     mimics: tuple[str, ...] = ()  # what is in the subject beside bleeding
+    bleeds: tuple[str, ...] = ()  # the kinds of serving.phantom.haemorrhage.KINDS that were painted
 
     @property
     def volumes_ml(self) -> dict[str, float]:
@@ -64,7 +65,7 @@ def simulate(
     """Simulate one series, the same for the same arguments; what is not asked for is drawn at random from `seed`.
 
     `region` head, skull (of plastic) or one of OTHER_REGIONS; `contrast` non_contrast, arterial, venous or delayed;
-    `findings` maps kinds of bleed (iph, ivh, sah, sdh, edh) to target volumes in ml, none by default; `mimics` names
+    `findings` maps kinds of bleed (`haemorrhage.KINDS`) to target volumes in ml, none by default; `mimics` names
     what else is in the head (`serving.phantom.mimics.MIMICS`); further keywords are fields of `Acquisition`. Raises
     ValueError for an unknown kind of bleed or mimic.
     """
@@ -106,8 +107,9 @@ def make_subject(
     hounsfield, fluid = head(rng, contrast, build)
     paint_mimics(for_variety, hounsfield, build, mimics)
     grown = {kind: volume_ml / build.size**3 for kind, volume_ml in (findings or {}).items()}
-    truth = bleed(rng, hounsfield, fluid, grown) if grown else None
-    return _head_subject(hounsfield, truth, contrast, build, mimics)
+    truth, pushes = bleed(rng, hounsfield, fluid, grown) if grown else (None, ())
+    subject = _head_subject(hounsfield, truth, contrast, build, mimics)
+    return replace(subject, bleeds=tuple(grown), pushes=pushes)
 
 
 def _head_subject(
@@ -163,6 +165,7 @@ def draw_acquisition(
     soft_noise = np.exp(rng.normal(np.log(3.2), 0.28)) * (5 / max(thickness, 0.75)) ** 0.45  # as measured in real heads
     sharp_noise = rng.uniform(14, 45) * (5 / max(thickness, 0.75)) ** 0.45
     off_centre = rng.normal(0, rng.choice([5, 15], p=[0.8, 0.2]) if is_head else 5, 2)
+    tilt = float(rng.uniform(-24, 24)) if is_head and orientation == "axial" and rng.random() < 0.4 else 0.0
     return Acquisition(
         orientation=orientation,
         kernel=kernel,
@@ -172,8 +175,8 @@ def draw_acquisition(
         matrix=matrix,
         field_mm=float(field),
         centre_mm=(float(z + rng.normal(0, 3)), float(y + off_centre[0]), float(off_centre[1])),
-        tilt_deg=float(rng.uniform(-24, 24)) if is_head and orientation == "axial" and rng.random() < 0.4 else 0.0,
-        pose_deg=(float(angle[0]), float(angle[1]), float(angle[2])),
+        tilt_deg=tilt,
+        pose_deg=(float(angle[0] + 0.8 * tilt), float(angle[1]), float(angle[2])),
         scale=tuple(float(v) for v in rng.uniform(0.9, 1.08, 3)),  # type: ignore[arg-type]
         warp_mm=float(rng.uniform(1, 4)),
         noise=float(soft_noise if kernel == "soft" else sharp_noise),
@@ -221,6 +224,7 @@ def acquire(
         image_positions_mm=corners[:, ::-1].copy(),
         image_orientation=(*right[::-1].tolist(), *down[::-1].tolist()),
         mimics=subject.mimics,
+        bleeds=subject.bleeds,
     )
 
 
@@ -256,10 +260,11 @@ def draw_series(seed: int, slices: int | None = None, matrix: int = 512) -> Simu
 
 
 def draw_findings(rng: np.random.Generator) -> dict[str, float]:
-    """One or two kinds of bleed with volumes from 1 to 60 ml, small ones as likely as large ones."""
-    kinds = rng.choice(KINDS, size=int(rng.choice([1, 1, 2])), replace=False, p=[0.34, 0.14, 0.22, 0.16, 0.14])
-    limit = {"iph": 60, "ivh": 25, "sah": 25, "sdh": 60, "edh": 60}
-    return {str(kind): float(np.exp(rng.uniform(0, np.log(limit[str(kind)])))) for kind in kinds}
+    """One to three kinds of bleed with volumes from 0.4 to 60 ml, small ones as likely as large ones."""
+    count = int(rng.choice([1, 2, 3], p=[0.62, 0.28, 0.1]))
+    kinds = rng.choice(KINDS, size=count, replace=False, p=[0.26, 0.12, 0.12, 0.2, 0.17, 0.13])
+    limit = {"iph": 60, "contusion": 20, "ivh": 25, "sah": 25, "sdh": 60, "edh": 60}
+    return {str(kind): float(np.exp(rng.uniform(np.log(0.4), np.log(limit[str(kind)])))) for kind in kinds}
 
 
 def write_series(series: SimulatedSeries, folder: Path, origin: Origin) -> dict[str, object]:
@@ -314,7 +319,7 @@ def write_demo_study(out: Path, seed: int = 7) -> list[dict[str, object]]:
     truth = []
     for i, (name, findings) in enumerate((("bleed", {"iph": 30.0}), ("no-bleed", {}))):
         series = simulate(
-            200 + seed + i,  # of the default seed the bleed is bright and lies deep, as a demo's should
+            205 + seed + i,  # of the default seed the bleed is bright and lies deep, as a demo's should
             findings=findings,
             build=Build(),
             mimics=(),

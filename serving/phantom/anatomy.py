@@ -26,6 +26,15 @@ HEAD_SHAPE = (255, 249, 209)  # 1 mm voxels
 AIR = -1000.0
 
 
+@dataclass(frozen=True)
+class Push:
+    """A bleed that pushes the brain around `centre_mm` (z, y, x) towards x by `shift_mm`, less with distance."""
+
+    centre_mm: Point
+    shift_mm: float
+    reach_mm: float
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """Something to scan: `hounsfield` int16 (z, y, x) and `truth` uint8 labels of findings on one grid in mm."""
@@ -39,6 +48,8 @@ class Subject:
     region: str
     contrast: str
     mimics: tuple[str, ...] = ()  # what is in it beside bleeding
+    bleeds: tuple[str, ...] = ()  # what was asked for
+    pushes: tuple[Push, ...] = ()
 
 
 @dataclass(frozen=True)

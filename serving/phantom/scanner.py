@@ -136,6 +136,9 @@ def _sample(
         )
         point = (point - pivot) @ place.rotation.T + pivot
         point = point + np.sin(point @ place.waves.T + place.phases) @ place.amplitudes
+        for push in subject.pushes:
+            away = ((point - np.asarray(push.centre_mm)) ** 2).sum(-1) / (2 * push.reach_mm**2)
+            point[..., 2] -= push.shift_mm * np.exp(-away)
         index = (point - np.asarray(subject.origin_mm)) / subject.spacing_mm
         fine = np.stack([weights @ index[..., k].astype(np.float32) @ weights.T for k in range(3)])
         ndimage.map_coordinates(grid, fine, out[i], order=order, mode="constant", cval=outside, prefilter=False)
