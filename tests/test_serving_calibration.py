@@ -1,8 +1,17 @@
 """Temperature scaling: what is fitted, what it mends, and what it must not do."""
 
+import os
+from io import StringIO
+from pathlib import Path
+
 import numpy as np
 import pytest
+from rich.console import Console
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from herald.volume import Volume
+from serving import protocol, train_protocol
 from serving.calibration import Scored, fit_temperature, measure, out_of_fold, tempered
 
 
@@ -53,3 +62,31 @@ def test_chunks_are_tempered_before_they_are_made_one_as_the_node_does() -> None
     warm = softmaxes**0.5 / (softmaxes**0.5).sum(axis=1, keepdims=True)
     assert measure([case], [2.0], "mean").log_loss == pytest.approx(-np.log(warm[:, 0].mean()), abs=1e-5)
     assert tempered(softmaxes, 1.0) == pytest.approx(softmaxes, abs=1e-6)
+
+
+def test_temperatures_are_stored_beside_the_weights_and_heads_of_one_class_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "own.weights.h5"
+    protocol.write_description(weights, protocol.describe(weights))
+    volume = Volume(np.zeros((8, 16, 16), np.int16), np.arange(8) * 5.0, (1.0, 1.0))
+    truths = ["contrast" if i % 3 else "non_contrast" for i in range(30)]
+    asked = []
+
+    def sets(data: Path, names: tuple[str, ...], aside_only: bool) -> list[object]:
+        asked.append((names, aside_only))
+        labels = [{"contrast": truth, "region": "head", "kernel": "soft"} for truth in truths]
+        return [("set, held out", str(i), volume, of_one, None, None) for i, of_one in enumerate(labels)]
+
+    monkeypatch.setattr(train_protocol, "evaluation_sets", sets)
+    sure = {name: np.array([[0.01, 0.99]], np.float32) for name in ("contrast", "region", "kernel", "orientation")}
+    told = StringIO()
+    train_protocol.calibrate(lambda batch: sure, weights, tmp_path, (), 0, Console(file=told, width=200))
+    assert asked == [(("ct-ich", "phe-sich"), True)]
+    found = protocol.describe(weights).calibration
+    assert list(found.temperature) == ["contrast"]
+    assert tempered(sure["contrast"], found.temperature["contrast"])[0, 1] == pytest.approx(21 / 32, abs=0.01)
+    assert found.obtained == "30 set series kept from training"
+    assert found.measured["contrast"]["after"]["log_loss"] < 0.5 * found.measured["contrast"]["before"]["log_loss"]
+    assert "kernel" in told.getvalue()
+    assert "of one class" in told.getvalue()

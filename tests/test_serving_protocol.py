@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 keras = pytest.importorskip("keras")
 
-from herald.errors import SignatureMismatch  # noqa: E402
+from herald.errors import ConfigError, SignatureMismatch  # noqa: E402
+from herald.heads import Head  # noqa: E402
 from herald.signatures import HEADS, PROTOCOL  # noqa: E402
 from herald.volume import protocol_batch, read_datasets, volume_from_datasets  # noqa: E402
 from serving import protocol  # noqa: E402
@@ -57,6 +58,40 @@ def test_windows_clip_to_one_at_their_ends() -> None:
 def test_missing_weights_are_an_error_that_says_how_to_make_them(tmp_path: Path) -> None:
     with pytest.raises(SignatureMismatch, match=r"python -m serving\.train protocol"):
         protocol.load(tmp_path / "none.weights.h5")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", r"cannot be read \(KeyError\('heads'\)\)"),
+        ('{"heads": {"a": {"classes": ["x", "y"]}}, "sizes": {"layers": 3}}', "cannot be read .*`layers`"),
+        (
+            '{"heads": {"a": {"classes": ["x", "y"]}}, "calibration": {"temperature": {"b": 1}}}',
+            "not of its heads",
+        ),
+        ('{"heads": {"a": {"classes": ["x", "y"]}}, "calibration": {"temperature": {"a": 0}}}', "not above 0"),
+    ],
+)
+def test_a_description_that_does_not_fit_its_weights_is_named(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"own\.json.*{reason}"):
+        protocol.describe(tmp_path / "own.weights.h5")
+
+
+def test_weights_without_a_description_have_the_default_heads_and_are_not_calibrated(tmp_path: Path) -> None:
+    described = protocol.describe(tmp_path / "own.weights.h5")
+    assert {name: head.classes for name, head in described.heads.items()} == dict(HEADS)
+    assert described.calibration.temperature == {}
+    assert described.calibration.obtained == "not fitted"
+
+
+def test_a_description_is_read_as_it_was_written(tmp_path: Path) -> None:
+    heads = {"phase": Head(("early", "late"), 2.0, "texture", "max"), "side": Head(("l", "r"), given={"phase": "late"})}
+    written = protocol.Description(heads, protocol.ProtocolSizes(channels=(2, 3)), protocol.Calibration({"phase": 1.5}))
+    protocol.write_description(tmp_path / "own.weights.h5", written)
+    assert protocol.describe(tmp_path / "own.weights.h5") == written
 
 
 def test_softmaxes_sum_to_one_whatever_the_input(trained: "keras.Model") -> None:
