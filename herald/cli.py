@@ -4,12 +4,13 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +21,9 @@ from herald import __version__
 from herald.config import Config, load_config
 from herald.errors import ConfigError, HeraldError
 from herald.node import EXIT_CONFIG, SERVICES, Supervisor, run_service
+
+if TYPE_CHECKING:
+    from herald.send import FileOutcome
 
 app = typer.Typer(
     help="Herald: a real-time head-CT triage node. Not a medical device.",
@@ -112,27 +116,43 @@ def demo(
 
 @app.command()
 def send(
-    folder: Annotated[Path, typer.Argument(help="A DICOM file, or a folder of them.", exists=True)],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="A DICOM file, a folder of them, or patients of a public set: ct-ich-v1:051, phe-sich:all.",
+        ),
+    ],
     to: Annotated[str, typer.Option(help="AE_TITLE@HOST:PORT of the receiver.")],
     calling: Annotated[str, typer.Option(help="Our AE title.")] = "HERALD-SCU",
+    data: Annotated[Path, typer.Option(envvar="HERALD_DATA", help="Folder that holds the public sets.")] = Path(
+        "../shared/data"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Send DICOM files to a storage SCP, with a progress bar."""
+    """Send DICOM files, or patients of a public set turned into DICOM, to a storage SCP, with a progress bar."""
+    from herald.send import SendReport
     from herald.send import send as send_files
 
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    outcomes: list[FileOutcome] = []
     with Progress(
         TextColumn(f"C-STORE to {to}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
     ) as bar:
-        task = bar.add_task("send", total=len(files))
-        report = send_files(
-            files, to, calling, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        task = bar.add_task("send", total=0)
+        for files in _series_files(what, data):
+            bar.update(task, total=len(outcomes) + len(files))
+
+            def told(done: int, _: int, before: int = len(outcomes)) -> None:
+                bar.update(task, completed=before + done)
+
+            outcomes += send_files(files, to, calling, on_progress=told).outcomes
+    report = SendReport(tuple(outcomes))
     if as_json:
         _print_json(
             {
                 "stored": [str(outcome.path) for outcome in report.stored],
                 "failed": {str(outcome.path): outcome.error for outcome in report.failed},
+                "series_instance_uids": list(dict.fromkeys(o.series_instance_uid for o in report.stored)),
             }
         )
     else:
@@ -140,6 +160,23 @@ def send(
     for outcome in report.failed:
         err.print(f"[yellow]{outcome.path}: {outcome.error}")
     raise typer.Exit(1 if report.failed else 0)
+
+
+def _series_files(what: str, data: Path) -> Iterator[list[Path]]:
+    """The files to send: those of a folder at once, or of one patient of a public set after the other."""
+    path = Path(what)
+    if not path.exists() or (path / "labels.csv").is_file():
+        from serving.readers import named_patients, write_patient
+
+        patients = named_patients(what, data)
+        if not patients and not path.exists():
+            raise ConfigError(f"{what} is no file, no folder and no patient of a public set such as ct-ich-v1:051")
+        for patient in patients:
+            with TemporaryDirectory() as folder:
+                yield write_patient(patient, Path(folder))
+        if patients:
+            return
+    yield sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 @app.command()

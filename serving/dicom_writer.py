@@ -32,6 +32,8 @@ class Origin:
     convolution_kernel: str = "HERALD-SOFT"
     contrast_bolus_agent: str = ""
     slice_thickness_mm: float = 5.0
+    manufacturer_model_name: str = "Simulated CT"
+    derived: bool = False  # pixels that came from other images
     study_date: str = "20260101"
     study_time: str = "120000"
 
@@ -80,13 +82,13 @@ def _instance(
     meta.ImplementationClassUID = IMPLEMENTATION_CLASS_UID
     ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)  # type: ignore[arg-type]
     ds.SpecificCharacterSet = "ISO_IR 100"
-    ds.ImageType = ["ORIGINAL" if volume.orientation == "axial" else "DERIVED", "PRIMARY", "AXIAL"]
+    ds.ImageType = ["DERIVED" if origin.derived or volume.orientation != "axial" else "ORIGINAL", "PRIMARY", "AXIAL"]
     ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
     ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = origin.study_date
     ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = origin.study_time
     ds.AccessionNumber = origin.accession_number
     ds.Modality = "CT"
-    ds.Manufacturer, ds.ManufacturerModelName = "Herald", "Simulated CT"
+    ds.Manufacturer, ds.ManufacturerModelName = "Herald", origin.manufacturer_model_name
     ds.InstitutionName = ds.ReferringPhysicianName = ""
     ds.StudyDescription, ds.SeriesDescription = origin.study_description, origin.series_description
     ds.PatientName, ds.PatientID = origin.patient_name, origin.patient_id

@@ -1,8 +1,9 @@
 """The real, publicly released CT data that the models are trained on, read as the same `Volume` that DICOM gives.
 
 Both sets keep the layout of `herald.volume`: slices from inferior to superior, rows from anterior to posterior. Neither
-says which side is the patient's left; training flips sides at random. `FOLDERS` names where each set lies below the
-data folder. CT-ICH: Hssayeni et al. 2020, PhysioNet, CC BY 4.0. PHE-SICH-CT-IDS: Ma et al. 2023, CC BY 4.0.
+says which side is the patient's left; training flips sides at random. `SETS` names where each lies below the data
+folder. `named_patients` and `write_patient` turn patients into DICOM series, to test a whole node with real bleeds.
+CT-ICH: Hssayeni et al. 2020, PhysioNet, CC BY 4.0. PHE-SICH-CT-IDS: Ma et al. 2023, CC BY 4.0.
 """
 
 import csv
@@ -19,6 +20,7 @@ from scipy import ndimage
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, Window
+from serving.dicom_writer import Origin, write_dicom_series
 
 UNKNOWN = 255
 """Value of `truth` where nobody can say."""
@@ -205,6 +207,62 @@ def read_patients(data: Path, source: str) -> Iterator[LabelledVolume]:
     folder, patients, read = SETS[source]
     for patient in patients(data / folder):
         yield read(data / folder, patient)
+
+
+@dataclass(frozen=True)
+class NamedPatient:
+    """A patient of one of SETS, which lies in `folder`."""
+
+    source: str
+    folder: Path
+    patient: str
+
+
+def named_patients(what: str, data: Path) -> list[NamedPatient]:
+    """The patients that `what` names: SET:PATIENT or SET:all below `data`, or a folder in the layout of a set.
+
+    A set goes by its name or its folder's. None where `what` is neither; raises ConfigError where the set or the
+    patient is missing.
+    """
+    set_name, colon, patient = what.partition(":")
+    for source, (folder, patients, _) in SETS.items():
+        if colon and set_name in (source, folder):
+            names = patients(data / folder)
+            if patient not in (*names, "all"):
+                raise ConfigError(f"{set_name} has no patient {patient!r}; it has {', '.join(names[:5])}, … or all")
+            return [NamedPatient(source, data / folder, name) for name in names if patient in (name, "all")]
+        path = Path(what)
+        if (path / "labels.csv").is_file() and (path / _PICTURES[source]).is_dir():
+            return [NamedPatient(source, path, name) for name in patients(path)]
+    return []
+
+
+_PICTURES = {"ct-ich": "Patients_CT", "phe-sich": "img"}
+"""A folder that only this set has beside labels.csv."""
+
+
+def write_patient(named: NamedPatient, out: Path) -> list[Path]:
+    """Write a real patient as a DICOM series of CT images into `out`, by our own writer; returns the paths.
+
+    Headers tell what the set tells and invent no more than positions; the same patient has the same UIDs each time.
+    Which side is the patient's left is not known.
+    """
+    volume = SETS[named.source][2](named.folder, named.patient).volume
+    name = f"{named.source}-{named.patient}".upper()
+    origin = Origin(
+        study=f"{named.source}/{named.patient}",
+        series="1",
+        patient_name=name.replace("-", "^", 1),
+        patient_id=name,
+        accession_number=name[-16:],
+        study_description=f"PUBLIC SET {named.source}".upper(),
+        series_description="HEAD",
+        convolution_kernel="UNKNOWN",
+        slice_thickness_mm=volume.slice_spacing_mm,
+        manufacturer_model_name="Converted pictures",
+        derived=True,
+    )
+    return write_dicom_series(volume, out, origin)
 
 
 def _as_int16(hounsfield: NDArray[np.floating]) -> Hounsfield:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ct_image_iod import faults
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
@@ -25,6 +26,7 @@ from serving.phantom import (
     simulate,
     write_demo_study,
     write_phantoms,
+    write_series,
 )
 from serving.phantom.anatomy import HEAD_ORIGIN, Build, Subject, atlas, draw_build, head
 from serving.phantom.haemorrhage import KINDS, LABELS, bleed
@@ -287,6 +289,45 @@ def test_write_phantoms_writes_a_folder_and_a_truth_for_each_series(
         assert isinstance(labels, dict)
         assert ("ContrastBolusAgent" in ds) == (labels["contrast"] == "contrast")
         assert set(labels) == set(HEADS)
+        acquisition, bleeds, mimics = entry["acquisition"], entry["bleeds"], entry["mimics"]
+        assert isinstance(acquisition, dict)
+        assert isinstance(mimics, list)
+        assert (acquisition["slices"], acquisition["matrix"]) == (8, 64)
+        assert bool(bleeds) >= bool(entry["findings"])
+        assert set(mimics) <= {*MIMICS, "infant", "child", "old"}
+
+
+@pytest.mark.parametrize("orientation", ["axial", "coronal", "sagittal"])
+def test_written_series_are_valid_ct_images(plain: Subject, tmp_path: Path, orientation: str) -> None:
+    rng = np.random.default_rng(4)
+    series = acquire(plain, draw_acquisition(rng, plain, orientation=orientation, slices=8, matrix=64), rng)
+    write_series(series, tmp_path, Origin(study="s", series="1"))
+    assert faults(sorted(tmp_path.glob("*.dcm"))) == []
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "fault"),
+    [
+        ("KVP", None, "KVP is missing"),
+        ("RescaleSlope", "", "RescaleSlope is missing or empty"),
+        ("ImagePositionPatient", [0, 0, 400], "slices are not evenly spaced along their normal"),
+        ("ImageOrientationPatient", [1, 0, 0, 1, 1, 0], "ImageOrientationPatient is not orthonormal"),
+        ("Rows", 15, "PixelData has another length than Rows and Columns give"),
+        ("FrameOfReferenceUID", "1.2.3", "FrameOfReferenceUID differs"),
+    ],
+)
+def test_the_check_of_ct_images_finds_what_is_wrong(tmp_path: Path, keyword: str, value: object, fault: str) -> None:
+    volume = Volume(np.zeros((3, 16, 16), np.int16), np.array([0.0, 5.0, 10.0]), (0.5, 0.5))
+    paths = write_dicom_series(volume, tmp_path, Origin(study="x", series="1"))
+    assert faults(paths) == []
+    ds = dcmread(paths[1])
+    if value is None:
+        delattr(ds, keyword)
+    else:
+        setattr(ds, keyword, value)
+    ds.save_as(paths[1])
+    (found,) = faults(paths)
+    assert found.endswith(fault)
 
 
 def test_the_demo_has_one_study_with_a_large_bleed_and_one_without(tmp_path: Path) -> None:

@@ -2,19 +2,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ct_image_iod import faults
 from PIL import Image
 from pydicom import dcmread
 
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
+from herald.volume import read_datasets, volume_from_datasets
 from serving.readers import (
     PHE_BRAIN_HOUNSFIELD,
     UNKNOWN,
+    NamedPatient,
     ct_ich_patients,
     fuse,
+    named_patients,
     phe_sich_patients,
     read_ct_ich,
     read_phe_sich,
+    write_patient,
 )
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -137,3 +142,26 @@ def test_a_missing_set_or_patient_is_named(tmp_path: Path, phe_sich: Path):
         ct_ich_patients(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="no patient 9999; it has 0001"):
         read_phe_sich(phe_sich, "9999")
+
+
+def test_patients_are_named_by_set_and_number_by_all_and_by_a_folder_in_the_set_s_layout(phe_sich: Path):
+    phe_sich.rename(phe_sich.parent / "phe-sich")
+    data, folder = phe_sich.parent, phe_sich.parent / "phe-sich"
+    only = [NamedPatient("phe-sich", folder, "0001")]
+    assert named_patients("phe-sich:0001", data) == only
+    assert named_patients("phe-sich:all", data) == only
+    assert named_patients(str(folder), data / "elsewhere") == only
+    assert named_patients(str(folder / "img"), data) == []
+    assert named_patients("C:/scans", data) == []
+    with pytest.raises(ConfigError, match="phe-sich has no patient '0002'; it has 0001"):
+        named_patients("phe-sich:0002", data)
+
+
+def test_a_patient_written_as_dicom_is_a_valid_series_with_the_same_hounsfield_units(phe_sich: Path, tmp_path: Path):
+    paths = write_patient(NamedPatient("phe-sich", phe_sich, "0001"), tmp_path / "out")
+    assert faults(paths) == []
+    volume = volume_from_datasets(read_datasets(paths))
+    expected = read_phe_sich(phe_sich, "0001").volume
+    assert np.array_equal(volume.hounsfield, expected.hounsfield)
+    assert volume.slice_spacing_mm == expected.slice_spacing_mm
+    assert dcmread(paths[0]).ImageType[0] == "DERIVED"

@@ -7,7 +7,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -296,7 +296,10 @@ def write_series(series: SimulatedSeries, folder: Path, origin: Origin) -> dict[
         "series_instance_uid": seeded_uid(origin.study, origin.series),
         "accession_number": origin.accession_number,
         "labels": dict(labels),
+        "bleeds": list(series.bleeds),
         "findings": findings,
+        "mimics": list(series.mimics),
+        "acquisition": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(series.acquisition).items()},
     }
 
 
