@@ -128,10 +128,7 @@ def describe_model(card: Mapping[str, Any], operating_point: float) -> str:
         return "says nothing of its calibration; export it again"
     calibration = card.get("calibration") or {}
     if "heads" in card:
-        temperatures = calibration.get("temperature") or {}
-        by_head = ", ".join(f"{head} {value:.2f}" for head, value in temperatures.items())
-        fitted = f"temperatures {by_head}, fitted on {calibration.get('obtained')}" if by_head else "not calibrated"
-        return f"tells {', '.join(card['heads'])}; {fitted}"
+        return f"tells {', '.join(card['heads'])}; {_temperatures(calibration)}"
     words = [f"operating point {operating_point:.2f}"]
     if operating_point != CALIBRATED_POINT:
         words.append(f"(router.operating_point; the model is calibrated for {CALIBRATED_POINT:.2f})")
@@ -146,6 +143,21 @@ def describe_model(card: Mapping[str, Any], operating_point: float) -> str:
     if sets:
         words.append(f"({', '.join(sets)})")
     return " ".join(words)
+
+
+def _temperatures(calibration: Mapping[str, Any]) -> str:
+    """How the softmaxes of a protocol model are calibrated, and what error that leaves where it was measured."""
+    by_head = ", ".join(f"{head} {value:.2f}" for head, value in (calibration.get("temperature") or {}).items())
+    measured = calibration.get("measured") or {}
+    if not by_head and not measured:
+        return "not calibrated"
+    words = f"temperatures {by_head}, others 1" if by_head else "temperatures 1, as no other is better"
+    found = {
+        head: of_head.get("after" if of_head.get("kept") else "before") or {} for head, of_head in measured.items()
+    }
+    errors = [f"{head} {e['calibration_error']:.3f}" for head, e in found.items() if "calibration_error" in e]
+    left = f", calibration error {', '.join(errors)}" if errors else ""
+    return f"{words}{left}, on {calibration.get('obtained') or 'series that the model does not name'}"
 
 
 def _webui(config: Config) -> str:

@@ -46,7 +46,7 @@ class Calibration(msgspec.Struct, frozen=True):
     temperature: dict[str, float] = {}
     obtained: str = NOT_FITTED
     measured: dict[str, Any] = {}
-    """By head, log loss and expected calibration error before and after."""
+    """By head, log loss and expected calibration error before and after, and whether the temperature was kept."""
 
 
 class Description(msgspec.Struct, frozen=True):

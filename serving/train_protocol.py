@@ -790,7 +790,8 @@ def calibrate(
     """Fit a temperature for each head on series that training never saw, and store it beside the weights.
 
     Log loss and calibration error are those of temperatures fitted without the series that they are measured on.
-    Real and simulated sets weigh the same. A head with fewer than `LEAST` series, or of a single class, keeps 1.
+    Real and simulated sets weigh the same. A head with fewer than `LEAST` series, or of a single class, keeps 1, and so
+    does one whose log loss is not lower for it.
     """
     from serving.protocol import Calibration, describe, write_description
 
@@ -808,30 +809,32 @@ def calibrate(
                     cases[name].append(Scored(scores[name], head.classes.index(label), group))
     temperature, measured = {}, {}
     table = Table(
-        "head", "series", "temperature", "log loss", "calibration error", title="before and after, out of fold"
+        "head", "series", "temperature", "log loss", "calibration error", "", title="before, after out of fold"
     )
     for name, head in described.heads.items():
-        if len(cases[name]) < LEAST or len({case.truth for case in cases[name]}) < 2:
-            table.add_row(name, str(len(cases[name])), "not fitted: too few series, or of one class", "", "")
+        of_head, how = cases[name], head.aggregation
+        if len(of_head) < LEAST or len({case.truth for case in of_head}) < 2:
+            table.add_row(name, str(len(of_head)), "1", "", "", "too few series, or of one class")
             continue
-        how = head.aggregation
-        temperature[name] = fit_temperature(cases[name], how)
-        before = measure(cases[name], [1.0] * len(cases[name]), how)
-        after = measure(cases[name], out_of_fold(cases[name], how), how)
-        measured[name] = {"before": asdict(before), "after": asdict(after)}
+        fitted = fit_temperature(of_head, how)
+        before = measure(of_head, [1.0] * len(of_head), how)
+        after = measure(of_head, out_of_fold(of_head, how), how)
+        kept = after.log_loss < before.log_loss
+        if kept:
+            temperature[name] = fitted
+        measured[name] = {"fitted": fitted, "kept": kept, "before": asdict(before), "after": asdict(after)}
         table.add_row(
             name,
             str(before.series),
-            f"{temperature[name]:.2f}",
-            f"{before.log_loss:.4f} to {after.log_loss:.4f}",
-            f"{before.calibration_error:.4f} to {after.calibration_error:.4f}",
+            f"{fitted:.2f}" if kept else "1",
+            f"{before.log_loss:.4f}, {after.log_loss:.4f}",
+            f"{before.calibration_error:.4f}, {after.calibration_error:.4f}",
+            "" if kept else f"{fitted:.2f} would not be better",
         )
     console.print(table)
     obtained = ", ".join(f"{count} {group.partition(',')[0]}" for group, count in counts.items())
     calibration = Calibration(temperature, f"{obtained} series kept from training", measured)
-    write_description(
-        weights, msgspec.structs.replace(described, calibration=calibration if temperature else Calibration())
-    )
+    write_description(weights, msgspec.structs.replace(described, calibration=calibration))
 
 
 def _overview(chunk: NDArray[np.int16]) -> bytes:

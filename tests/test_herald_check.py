@@ -56,7 +56,42 @@ def test_an_operating_point_that_a_site_has_moved_is_told_beside_the_calibrated_
         (PROTOCOL, "tells contrast, region; not calibrated"),
         (
             {**PROTOCOL, "calibration": {"temperature": {"contrast": 1.3}, "obtained": "54 series"}},
-            "tells contrast, region; temperatures contrast 1.30, fitted on 54 series",
+            "tells contrast, region; temperatures contrast 1.30, others 1, on 54 series",
+        ),
+        (
+            {
+                **PROTOCOL,
+                "calibration": {
+                    "temperature": {"region": 1.5},
+                    "obtained": "54 series",
+                    "measured": {
+                        "contrast": {
+                            "kept": False,
+                            "before": {"calibration_error": 0.04},
+                            "after": {"calibration_error": 0.05},
+                        },
+                        "region": {
+                            "kept": True,
+                            "before": {"calibration_error": 0.02},
+                            "after": {"calibration_error": 0.01},
+                        },
+                    },
+                },
+            },
+            "tells contrast, region; temperatures region 1.50, others 1, calibration error contrast 0.040, region 0.010"
+            ", on 54 series",
+        ),
+        (
+            {
+                **PROTOCOL,
+                "calibration": {
+                    "temperature": {},
+                    "obtained": "54 series",
+                    "measured": {"region": {"kept": False, "before": {"calibration_error": 0.02}}},
+                },
+            },
+            "tells contrast, region; temperatures 1, as no other is better, calibration error region 0.020"
+            ", on 54 series",
         ),
     ],
     ids=str,

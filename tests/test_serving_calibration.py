@@ -88,5 +88,27 @@ def test_temperatures_are_stored_beside_the_weights_and_heads_of_one_class_keep_
     assert tempered(sure["contrast"], found.temperature["contrast"])[0, 1] == pytest.approx(21 / 32, abs=0.01)
     assert found.obtained == "30 set series kept from training"
     assert found.measured["contrast"]["after"]["log_loss"] < 0.5 * found.measured["contrast"]["before"]["log_loss"]
+    assert found.measured["contrast"]["kept"]
     assert "kernel" in told.getvalue()
     assert "of one class" in told.getvalue()
+
+
+def test_a_temperature_that_is_not_better_on_other_series_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "own.weights.h5"
+    monkeypatch.setattr(train_protocol, "evaluation_sets", lambda *_, **__: (
+        ("set, held out", str(i), Volume(np.zeros((8, 16, 16), np.int16), np.arange(8) * 5.0, (1.0, 1.0)),
+         {"region": ("head", "other")[i % 2]}, None, None) for i in range(20)
+    ))  # fmt: skip
+    right = iter([np.array([[0.999, 0.001], [0.001, 0.999]][i % 2 : i % 2 + 1], np.float32) for i in range(20)])
+    told = StringIO()
+    train_protocol.calibrate(
+        lambda batch: dict.fromkeys(("contrast", "orientation", "kernel", "region"), next(right)),
+        weights, tmp_path, (), 0, Console(file=told, width=200),
+    )  # fmt: skip
+    found = protocol.describe(weights).calibration
+    assert found.temperature == {}
+    assert found.measured["region"]["fitted"] > 1.5
+    assert not found.measured["region"]["kept"]
+    assert "would not be better" in told.getvalue()

@@ -183,7 +183,7 @@ def test_herald_check_learns_heads_and_calibration_of_both_models_from_the_serve
         config = load_config(environment=environment)
         outcomes = {outcome.what: outcome for outcome in check(config, quick=True)}
     assert outcomes["models"].ok, outcomes["models"].detail
-    told = "protocol 1: tells contrast, orientation, kernel, region; temperatures contrast 0.50, fitted on 30 series"
+    told = "protocol 1: tells contrast, orientation, kernel, region; temperatures contrast 0.50, others 1, on 30 series"
     assert told in outcomes["models"].detail
     told = "hemorrhage 7: operating point 0.50 chosen for sensitivity 0.95; calibrated on 5 of 5 folds"
     assert told in outcomes["models"].detail
