@@ -11,6 +11,7 @@ from ct_image_iod import faults
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from scipy import ndimage
 
 from herald.signatures import FINDINGS, HEADS
 from herald.volume import Volume, read_datasets, volume_from_datasets
@@ -28,7 +29,17 @@ from serving.phantom import (
     write_phantoms,
     write_series,
 )
-from serving.phantom.anatomy import HEAD_ORIGIN, Build, Subject, atlas, draw_build, head
+from serving.phantom.anatomy import (
+    HEAD_ORIGIN,
+    HEAD_SHAPE,
+    VESSELS,
+    Build,
+    Subject,
+    atlas,
+    draw_build,
+    head,
+    vessel_tree,
+)
 from serving.phantom.haemorrhage import KINDS, LABELS, bleed
 from serving.phantom.mimics import MIMICS, draw_mimics, paint_mimics
 
@@ -223,6 +234,22 @@ def test_contrast_fills_arteries_and_is_labelled(plain: Subject) -> None:
     arteries = (atlas().arteries > 0.9) & (atlas().depth < -3)
     assert np.median(plain.hounsfield[arteries]) < 70
     assert np.median(enhanced.hounsfield[arteries]) > 150
+
+
+@pytest.mark.skipif(not VESSELS.is_file(), reason="../shared/data is absent: the vessels of a real head are not here")
+def test_the_vessels_of_a_real_head_lie_in_the_cranial_cavity_of_the_atlas() -> None:
+    tree = vessel_tree()
+    assert tree is not None
+    large = ndimage.binary_opening(tree.filled > 0.8)
+    z, y, x = np.argwhere(large).T + np.asarray(HEAD_ORIGIN)[:, None]
+    assert (z.max(), y.max(), x.max(), x.min()) == pytest.approx((82, 104, 68, -68), abs=9)
+    sagittal_sinus = (atlas().veins > 0.9) & (np.abs(np.arange(HEAD_SHAPE[2]) + HEAD_ORIGIN[2]) < 6)
+    near = ndimage.binary_dilation(large, iterations=6)
+    assert near[sagittal_sinus].mean() > 0.5
+
+
+def test_no_vessel_tree_is_needed(tmp_path: Path) -> None:
+    assert vessel_tree(tmp_path / "absent.nii.gz") is None
 
 
 def test_the_same_seed_scans_alike_with_and_without_a_bleed(bleeding: SimulatedSeries) -> None:

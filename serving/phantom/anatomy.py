@@ -4,9 +4,11 @@ All grids are (z, y, x) in DICOM patient axes: z towards the head, y towards the
 Millimetres of the head are those of MNI152 with x and y turned to DICOM's directions.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from nilearn.datasets import (  # type: ignore[import-untyped]
@@ -416,13 +418,57 @@ def _enhancement(rng: np.random.Generator, a: Atlas, contrast: str, hounsfield: 
             "delayed": ((45, 110), (60, 130), (3, 8)),
         }[contrast]
     )
+    if rng.random() < 0.15:  # diluted, a poor injection, or what an earlier examination left
+        arterial, venous, tissue = (np.float32(rng.uniform(0.35, 0.8)) * v for v in (arterial, venous, tissue))
     rise = np.where(a.depth > 0, tissue * 4, tissue * (1 - a.csf)).astype(np.float32)
-    rise[(hounsfield < -20) | (hounsfield > 110)] = 0
+    _, y, x, rise_s, fine_s, depth_s = _slab(-110, -5, rise, a.fine, a.depth)
+    lining = (np.abs(x) < 32) & (y < 0) & (depth_s > 2) & (fine_s > -0.5)  # mucosa of nose, sinuses and pharynx
+    rise_s[lining] += np.float32(0.3) * venous
+    soft = (hounsfield > -20) & (hounsfield < 110)
+    rise[~soft] = 0
     np.maximum(rise, a.arteries * arterial, out=rise)
     np.maximum(rise, a.veins * venous, out=rise)
+    tree = vessel_tree()
+    if tree is not None and rng.random() < 0.5:  # the vessels of a real head too, thinner or thicker
+        filled = tree.filled[:, :, ::-1] if rng.random() < 0.5 else tree.filled
+        venosity = tree.venous[:, :, ::-1] if filled is not tree.filled else tree.venous
+        thin = np.float32(rng.uniform(0.0, 0.6))
+        real = np.clip((filled - thin) / (1 - thin), 0, 1) * (arterial + venosity * (venous - arterial))
+        np.maximum(rise, real * soft, out=rise)
     np.maximum(rise, a.choroid * (0.5 * venous) * (a.fine > -0.5), out=rise)
     rise[a.falx] = np.maximum(rise[a.falx], 0.25 * venous)
     return rise
+
+
+VESSELS = Path(os.environ.get("HERALD_DATA", "../shared/data")) / "volumes" / "vessels-avm.nii.gz"
+
+
+@dataclass(frozen=True, eq=False)
+class VesselTree:
+    """The vessels of one real enhanced head on the head grid: filling 0..1, and how venous each place is, 0..1."""
+
+    filled: Float
+    venous: Float
+
+
+@cache
+def vessel_tree(path: Path = VESSELS) -> VesselTree | None:
+    """Read the tree and fit it to the atlas by its outline, good to a centimetre; None where the data are absent."""
+    if not path.is_file():
+        return None
+    from nibabel.nifti1 import Nifti1Image
+
+    image = Nifti1Image.from_filename(path)
+    zyx = np.asarray(image.dataobj, np.float32).transpose(2, 1, 0)[:, ::-1, ::-1]  # stored towards face and right
+    dx, dy, dz = (float(v) for v in image.header.get_zooms())  # type: ignore[no-untyped-call]
+    spacing = np.array([dz, dy, dx])
+    scale, shift = np.array([1.0, 1.11, 1.04]), np.array([-59.0, -73.7, -106.0])  # mm here = scale * mm there + shift
+    step = 1 / (scale * spacing)
+    grid = ndimage.affine_transform(zyx, step, (np.asarray(HEAD_ORIGIN) - shift) * step, HEAD_SHAPE, order=1)
+    a = atlas()
+    filled = np.clip((grid - 110) / 200, 0, 1).astype(np.float32) * (a.depth < 1)
+    veins, arteries = (ndimage.gaussian_filter(v[::2, ::2, ::2], 4) for v in (a.veins, a.arteries))
+    return VesselTree(filled, grow(veins / (veins + arteries + np.float32(1e-6)), HEAD_SHAPE))
 
 
 def plastic_skull(rng: np.random.Generator) -> Float:
