@@ -89,6 +89,7 @@ def test_three_sets_of_heads_are_shipped_and_the_default_is_what_triage_needs() 
     assert [path.stem for path in TOMLS] == ["body_parts", "contrast_phases", "default"]
     default = read_heads(protocol.DEFAULT_HEADS)
     assert {name: head.classes for name, head in default.items()} == dict(HEADS)
+    assert protocol.describe().heads == default
     assert {head.aggregation for head in default.values()} == {"mean"}
     assert [name for name, head in default.items() if head.reads == "texture"] == ["kernel"]
     assert len(read_heads(TOMLS[0])["body_part"].classes) == 16
