@@ -162,7 +162,10 @@ def atlas() -> Atlas:
         tube([(14, 0, side * 18), (12, 22, side * 24), (0, 34, side * 28)], 2.4, choroid)
         for dz, dx in ((0, 0), (9, 0), (-9, 0), (0, 10), (0, -10)):  # optic nerve and four muscles
             tube([(-30 + dz, -60, side * (30.0 + dx)), (-30, -26, side * 18.0)], 1.8, muscles)
-    lateral = ventricle & (z > -12) & (np.abs(x) < 40) & (np.hypot(y - 26, z) > 12)  # not the cisterns behind
+    lateral = ventricle & (z > -12) & (np.abs(x) < 40) & (np.hypot(y - 26, z) > 12)
+    lateral &= ~((np.abs(x) < 13) & (y > 30) & (z < 18))  # the cisterns above the cerebellum
+    parts, _ = ndimage.label(lateral)
+    lateral = np.isin(parts, 1 + np.argsort(np.bincount(parts.ravel())[1:])[-2:])
     return Atlas(
         grey=grey,
         white=white,
@@ -390,12 +393,14 @@ def _brain(rng: np.random.Generator, a: Atlas, coarse: Float, fine: Float, build
     """Brain, fluid, falx and vessels without contrast; and the fraction of fluid."""
     csf = np.clip(a.csf * np.float32(rng.uniform(0.75, 1.9) * build.sulci), 0, 1)
     csf *= csf * (3 - 2 * csf)  # the averaged maps blur the sulci: steepen them again
-    if build.atrophy_mm > 0:
-        np.maximum(csf, np.clip(a.depth + np.float32(build.atrophy_mm + 0.5), 0, 1), out=csf)
     if build.ventricle_mm > 0:
         x = axes()[2]
         side = (1 + np.float32(build.asymmetry) * np.clip(x / 10, -1, 1)) * np.clip(np.abs(x) / 6, 0.15, 1)
         np.maximum(csf, np.clip(np.float32(build.ventricle_mm) * side + 0.5 - a.ventricle_mm, 0, 1), out=csf)
+    rim = np.clip((a.depth + 4) / 3, 0, 1)  # of fluid under the inner table: young brains fill their skulls
+    csf *= 1 - np.float32(rng.uniform(0, 0.5) + 0.4 * (build.age in ("infant", "child"))) * rim
+    if build.atrophy_mm > 0:
+        np.maximum(csf, np.clip(a.depth + np.float32(build.atrophy_mm + 0.5), 0, 1), out=csf)
     grey, white, fluid = (np.float32(rng.uniform(*span)) for span in ((34, 41), (25, 31), (2, 12)))
     white -= np.float32(build.white_drop)
     brain = grey + (white - grey) * a.whiteness + np.float32(1.2) * coarse + np.float32(0.8) * fine
@@ -577,7 +582,7 @@ def _open_sutures(
 
 
 def _petrous(depth: Float, tissue: Float) -> Bool:
-    """Pyramids of the temporal bones, clivus and dorsum sellae, where the maps show no brain."""
+    """Pyramids of the temporal bones, clivus and sphenoid, where the maps show no brain."""
     z, y, x = axes()
     bone = np.zeros(HEAD_SHAPE, np.float32)
     for side in (-1, 1):
@@ -585,7 +590,13 @@ def _petrous(depth: Float, tissue: Float) -> Bool:
             paint(bone, (-44 + 4 * t, 24 - 22 * t, side * (58 - 38 * t)), (9 - 3 * t, 10 - 4 * t, 9.0), 1)
     petrous = (bone > 0) & ((tissue < 0.35) & (depth > -9) | (depth > 0))
     clivus = (np.abs(x) < 12) & (np.abs(y - 8 + (z + 36) * 0.5) < 5) & (z < -34) & (z > -64)
+    low = slice(0, int(-24 - HEAD_ORIGIN[0]))  # sphenoid: what is neither brain nor near it in front of the clivus
+    sphenoid = (ndimage.gaussian_filter(tissue[low], 2.5) < 0.1) & (depth[low] <= 0) & (y < 4)
+    sphenoid &= (np.abs(x) > 14) | (y < -14) | (z[low] < -32)  # the suprasellar cistern is free
+    ridge = (ndimage.gaussian_filter(tissue[low], 1.8) < 0.2) & (depth[low] <= 0) & (z[low] < -31)
+    sphenoid |= ridge & (np.abs(x) > 15 + 0.3 * np.abs(y - 10)) & (y > -4) & (y < 40)  # pyramids up to their ridge
     result: Bool = petrous | (clivus & (tissue < 0.35))
+    result[low] |= sphenoid
     return result
 
 

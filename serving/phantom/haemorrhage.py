@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from herald.signatures import FINDINGS
-from serving.phantom.anatomy import HEAD_ORIGIN, HEAD_SHAPE, Bool, Box, Float, Push, atlas
+from serving.phantom.anatomy import HEAD_ORIGIN, HEAD_SHAPE, Bool, Box, Build, Float, Push, atlas
 
 KINDS = ("iph", "contusion", "ivh", "sah", "sdh", "edh")
 """What can be asked for; `iph` and `contusion` share one channel of the truth, and so do `sdh` and `edh`."""
@@ -28,17 +28,17 @@ Index = NDArray[np.intp]  # into the flattened grid
 
 
 def bleed(
-    rng: np.random.Generator, hounsfield: Float, fluid: Float, kinds: Mapping[str, float]
+    rng: np.random.Generator, hounsfield: Float, fluid: Float, kinds: Mapping[str, float], build: Build | None = None
 ) -> tuple[NDArray[np.uint8], tuple[Push, ...]]:
     """Paint bleeds of the given kinds and target volumes (ml) into `hounsfield` in place.
 
     Returns labels, 0 = none and else the channel of herald.signatures.FINDINGS, and how the bleeds push the brain
-    aside. `fluid` is the fraction of cerebrospinal fluid.
+    aside. `fluid` is the fraction of cerebrospinal fluid, `build` that of the head.
     """
     truth = np.zeros(HEAD_SHAPE, np.uint8)
     pushes: list[Push] = []
     for kind, volume_ml in kinds.items():
-        place = _Place(rng, hounsfield, fluid)
+        place = _Place(rng, hounsfield, fluid, build or Build())
         region = _SHAPES[kind](place, volume_ml)
         if region.size == 0:
             continue
@@ -147,6 +147,7 @@ class _Place:
     rng: np.random.Generator
     hounsfield: Float
     fluid: Float
+    build: Build
 
     def voxels(self, allowed: Bool) -> tuple[Index, Float, Float, Float]:
         """Indices and coordinates of the allowed voxels."""
@@ -244,10 +245,9 @@ def _contusion(p: _Place, volume_ml: float) -> Index:
 
 
 def _ivh(p: _Place, volume_ml: float) -> Index:
-    """Intraventricular: fills the ventricles from their lowest (posterior) part, or as a cast of one side."""
+    """Intraventricular: fills the lateral ventricles from their lowest (posterior) part, or as a cast of one side."""
     a = atlas()
-    ventricle = (ndimage.binary_dilation(a.ventricle) | (a.ventricle_mm < 4)) & (p.fluid > 0.35)
-    region, z, y, x = p.voxels(ventricle)
+    region, z, y, x = p.voxels((a.ventricle_mm < p.build.ventricle_mm + 1.5) & (p.fluid > 0.5))
     if p.rng.random() < 0.6:
         level = -y + 3 * p.rough(region, 1.0)
     else:

@@ -154,9 +154,11 @@ def _dense_vessels(c: Canvas) -> None:
 
 def _sella(c: Canvas) -> None:
     """Dorsum sellae with posterior clinoids, and the anterior ones: bone amid the basal cisterns."""
-    value, height = c.rng.uniform(300, 1200), c.rng.uniform(-27, -21)
+    value, height = c.rng.uniform(200, 1000), c.rng.uniform(-29, -22)
     y = c.rng.uniform(2, 6)
-    box, filled = c.blob(((height - 38) / 2, y, 0.0), ((height + 38) / 2, 2.0, c.rng.uniform(6, 10)), 0.1, 1.0)
+    box, filled = c.blob(
+        ((height - 38) / 2, y, 0.0), ((height + 38) / 2, c.rng.uniform(1.0, 2.0), c.rng.uniform(5, 9)), 0.1, 1.0
+    )
     c.blend(box, filled, value)
     for side in (-1, 1):
         c.speck(c.jitter((height, y, side * 7.0), 0.7), (2.2, 1.8, 2.0), value)
