@@ -118,7 +118,7 @@ def _ganglia(c: Canvas) -> None:
 def _vessel_calcification(c: Canvas) -> None:
     """Carotid siphons and vertebral arteries of the old."""
     for side in (-1, 1):
-        for course in ((-32.0, -8.0, 12.0), (-40.0, -2.0, 13.0), (-24.0, -6.0, 12.0), (-62.0, 40.0, 8.0)):
+        for course in ((-30.0, -6.0, 11.0), (-27.0, -10.0, 11.0), (-24.0, -4.0, 11.0), (-62.0, 40.0, 8.0)):
             if c.rng.random() < 0.6:
                 centre = c.jitter((course[0], course[1], side * course[2]), 1.2)
                 c.speck(centre, c.rng.uniform(0.8, 2.2, 3), c.rng.uniform(150, 700))
