@@ -40,7 +40,9 @@ kafka: setup tools  ## Run a real Kafka broker on 127.0.0.1:9092 (Ctrl-C stops i
 
 train: setup  ## Train both models from their seeds (reads ../shared/data)
 	$(BIN)/python -m serving.train protocol
-	$(BIN)/python -m serving.train hemorrhage --all
+	$(BIN)/python -m serving.train hemorrhage --pretrain
+	$(BIN)/python -m serving.train hemorrhage --fold 0 1 2 3 4
+	$(BIN)/python -m serving.train hemorrhage --evaluate --all
 
 clean:  ## Remove what make made, but not data
 	rm -rf $(VENV) herald-data/models .kafka build *.egg-info

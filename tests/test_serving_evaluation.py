@@ -527,34 +527,34 @@ def test_the_page_fits_a_telephone_and_a_desk(made, tmp_path, width, chromium):
 
 
 def test_scores_of_the_detector_become_cases_with_volumes_and_pictures_where_the_data_are_there(tmp_path, monkeypatch):
-    training = pytest.importorskip("serving.train_hemorrhage")
     from herald.volume import Volume
+    from serving import crops, score_hemorrhage
     from serving.readers import UNKNOWN, LabelledVolume
 
     hounsfield = np.full((6, 64, 64), -1000, np.int16)
     hounsfield[:, 8:56, 8:56] = 35
     truth = np.zeros((6, 64, 64, 5), np.uint8)
-    truth[2:4, 20:30, 20:30, [0, 1]] = 1  # 2 slices of 100 voxels of 2 x 1 x 1 mm
+    truth[2:4, 20:30, 20:30, [0, 1]] = 1  # 2 slices of 100 voxels of 5 x 1 x 1 mm
     slice_truth = truth.any(axis=(1, 2)).astype(np.uint8)
     slice_truth[5, 0] = UNKNOWN
-    volume = Volume(hounsfield, np.arange(6) * 2.0, (1.0, 1.0))
+    volume = Volume(hounsfield, np.arange(6) * 5.0, (1.0, 1.0))
     labelled = LabelledVolume("ct-ich", "049", volume, truth, slice_truth, child=True)
-    monkeypatch.setitem(training.SETS, "ct-ich", ("here", lambda folder: ["049"], lambda folder, name: labelled))
+    monkeypatch.setitem(crops.ALL_SETS, "ct-ich", ("here", lambda folder: ["049"], lambda folder, name: labelled))
     logits = np.where(slice_truth == 1, 3.0, -3.0)
     (tmp_path / "scores" / "fold0").mkdir(parents=True)
     np.savez(tmp_path / "scores" / "fold0" / "ct-ich_049.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
-             child=True, dice=np.full(6, 0.5), outlined=slice_truth[:, 0] == 1,
+             child=True, dice=np.full((7, 6), 0.5), outlined=slice_truth[:, 0] == 1,
              found=np.packbits(np.zeros((6, 256, 256), bool), axis=-1))  # fmt: skip
-    calibration = {"scale": [1.0] * 5, "threshold": [0.5] * 5}
+    calibration = {"scale": [1.0] * 5, "threshold": [0.5] * 5, "mask_offset": [0.0]}
 
-    without = training.cases(tmp_path / "scores", calibration, tmp_path)
+    without = score_hemorrhage.cases(tmp_path / "scores", calibration, tmp_path)
     assert all(c.picture is None and c.volume_ml is None and c.child for c in without)
     (tmp_path / "here").mkdir()
-    cases = training.cases(tmp_path / "scores", calibration, tmp_path)
+    cases = score_hemorrhage.cases(tmp_path / "scores", calibration, tmp_path)
     studies = {c.task: c for c in cases if c.unit == "study"}
     assert list(studies) == ["any bleeding", "IPH", "IVH", "SAH", "EDH/SDH"]
     assert studies["any bleeding"].kinds == ("IPH",)
-    assert studies["any bleeding"].volume_ml == pytest.approx(0.4)
+    assert studies["any bleeding"].volume_ml == pytest.approx(1.0)
     assert studies["any bleeding"].probability["bleeding"] == pytest.approx(1 / (1 + np.exp(-(1.5 - 0.5))))
     assert (studies["SAH"].truth, studies["SAH"].volume_ml) == ("none", None)
     assert sum(c.picture is not None for c in cases) == 1

@@ -5,11 +5,25 @@ import tensorflow as tf
 
 from herald.errors import ConfigError, SignatureMismatch
 from herald.signatures import FINDINGS
+from herald.volume import Volume
 from serving import hemorrhage
+from serving.crops import (
+    FOLDS,
+    HELD_OUT_FROM,
+    OUTPUT_SLICES,
+    Prepared,
+    Sampler,
+    augment,
+    fold_of,
+    prepare,
+    split,
+    truth_of,
+)
 from serving.evaluation import auc, bootstrap_interval, operating_point, platt, sensitivity_threshold, wilson
 from serving.hemorrhage import Sizes, build
-from serving.readers import UNKNOWN
-from serving.train_hemorrhage import FOLDS, OUTPUT_SLICES, Prepared, Sampler, augment, evaluate, fold_of, loss, train
+from serving.readers import UNKNOWN, LabelledVolume
+from serving.score_hemorrhage import MASK_OFFSETS, evaluate
+from serving.train_hemorrhage import Run, loss, main, train
 from serving.whole_volume import forward
 
 # keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
@@ -103,14 +117,17 @@ def patient(name: str, kind: int | None, source: str = "ct-ich", slices: int = 1
         volume[4:8, 100:140, 100:140] += 40
         positive[4:8, 100:140, 100:140] = 1 | (1 << kind)
         slice_truth[4:8, [0, kind]] = 1
-    return Prepared(source, name, volume, positive, np.zeros_like(positive), slice_truth, child=False)
+    depth = np.zeros_like(positive)
+    depth[:, 60:200, 60:200] = 20
+    return Prepared(source, name, volume, positive, np.zeros_like(positive), slice_truth, depth, child=False)
 
 
 def test_crops_come_from_every_kind_and_from_patients_without_blood():
     sampler = Sampler([patient("a", 1), patient("b", 3), patient("c", None)], seed=1)
-    crops = [sampler.crop() for _ in range(60)]
+    rng = np.random.default_rng(1)
+    crops = [sampler.crop(rng) for _ in range(60)]
     seen = {tuple(np.flatnonzero((truth == 1).any(axis=0))) for *_, truth in crops}
-    assert seen == {(), (0, 1), (0, 3)}
+    assert seen >= {(), (0, 1), (0, 3)}
     volume, positive, unknown, truth = crops[0]
     assert volume.shape == (OUTPUT_SLICES + 4, 256, 256)
     assert positive.shape == unknown.shape == (OUTPUT_SLICES, 256, 256)
@@ -119,18 +136,55 @@ def test_crops_come_from_every_kind_and_from_patients_without_blood():
 
 def test_the_middle_of_a_crop_is_what_its_masks_outline():
     sampler = Sampler([patient("a", 1)], seed=2)
+    rng = np.random.default_rng(2)
     for _ in range(10):
-        volume, positive, *_ = sampler.crop()
+        volume, positive, *_ = sampler.crop(rng)
         inner = volume[2:-2]
         assert (inner[positive > 0] > 50).all()
-        assert (inner[positive == 0] < 50).all()
+        assert not positive.any() or (inner[positive == 0] < 50).all()
+
+
+def test_a_batch_follows_from_the_seed_and_its_number_alone():
+    patients = [patient("a", 1), patient("c", None)]
+    first, again, other = Sampler(patients, seed=5), Sampler(patients, seed=5), Sampler(patients, seed=6)
+    first.batch(0)
+    for one, two in zip(first.batch(7), again.batch(7), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(first.batch(7)[0], other.batch(7)[0])
+
+
+def test_sets_of_which_there_is_nobody_are_an_error():
+    with pytest.raises(ConfigError, match="nobody to learn from in rsna-2019"):
+        Sampler([patient("a", 1)], seed=1, shares={"rsna-2019": 1.0})
+
+
+def test_slices_that_show_too_little_of_a_drawn_bleed_count_neither_way():
+    positive = np.zeros((3, 4, 4), dtype=np.uint8)
+    positive[1:, 0, 0] = 3
+    truth, unknown = truth_of(positive, np.array([0, 0, 3], dtype=np.uint8))
+    assert truth[:, 0].tolist() == truth[:, 1].tolist() == [0, 1, UNKNOWN]
+    assert not truth[:, 2:].any()
+    assert unknown[:, 2, 2].tolist() == [0, 0, 3]
+
+
+def test_thin_slices_are_averaged_with_their_truth_as_the_node_does():
+    hounsfield = np.full((20, 64, 64), 30, dtype=np.int16)
+    hounsfield[8:12, 20:40, 20:40] = 70
+    truth = np.zeros((20, 64, 64, len(FINDINGS)), dtype=np.uint8)
+    truth[8:12, 20:40, 20:40, 0] = 1
+    slice_truth = np.zeros((20, len(FINDINGS)), dtype=np.uint8)
+    slice_truth[8:12, 0], slice_truth[12:, 0] = 1, UNKNOWN
+    volume = Volume(hounsfield, np.arange(20) * 1.25, (0.9, 0.9))
+    prepared = prepare(LabelledVolume("site", "x", volume, truth, slice_truth))
+    assert prepared.volume.shape == (5, 256, 256)
+    assert prepared.slice_truth[:, 0].tolist() == [0, 0, 1, UNKNOWN, UNKNOWN]
+    assert [bool(plane.any()) for plane in prepared.positive] == [False, False, True, False, False]
 
 
 def test_masks_follow_the_geometry_of_augmentation():
     sampler = Sampler([patient("a", 1)], seed=2)
-    while not (batch := sampler.batch())[1].any():
-        pass
-    volume, positive, _ = augment(*map(tf.constant, batch[:3]), tf.constant([5, 6]))
+    batch = next(batch for i in range(50) if (batch := sampler.batch(i))[1].any())
+    volume, positive, _ = augment(*map(tf.constant, batch[:3]), keras.random.SeedGenerator(5))
     inner, mask = volume.numpy()[:, 2:-2], positive.numpy() > 0
     assert inner[mask].mean() > 60
     assert inner[~mask & (inner > -100)].mean() < 45
@@ -162,21 +216,99 @@ def test_a_better_answer_costs_less():
     def cost(sharpness: float) -> float:
         slices = tf.constant(sharpness * (2.0 * truth - 1), tf.float32)
         outputs = {"mask": tf.constant(sharpness * (2.0 * voxel - 1), tf.float32), "slice": slices, "pooled": slices}
-        return float(loss(outputs, tf.constant(positive), tf.zeros_like(positive), tf.constant(truth)))
+        return float(loss(outputs, tf.constant(positive), tf.zeros_like(positive), tf.constant(truth, tf.int32)))
 
     assert cost(6.0) < 0.2 < cost(0.0) < cost(-2.0)
 
 
 def test_no_patient_is_in_two_folds_and_each_fold_has_both_classes():
-    patients = [patient(f"p{i}", 1 if i % 3 == 0 else None, slices=8) for i in range(12)]
+    patients = [patient(f"p{i}", 1 if i % 2 == 0 else None, slices=8) for i in range(4 * FOLDS)]
     folds = fold_of(patients)
-    assert len(folds) == 12
+    assert len(folds) == 4 * FOLDS
     for fold in range(FOLDS):
-        inside = [p for p in patients if folds[p.source, p.patient] == fold]
-        assert {bool((p.slice_truth == 1).any()) for p in inside} == {True, False}
+        learned, aside = split(patients, fold)
+        assert {p.patient for p in learned} | {p.patient for p in aside} == {p.patient for p in patients}
+        assert not {p.patient for p in learned} & {p.patient for p in aside}
+        assert {bool((p.slice_truth == 1).any()) for p in aside} == {True, False}
+    assert len(split(patients, None)[0]) == len(patients)
+
+
+def test_two_sets_that_show_the_same_patient_keep_it_in_one_fold():
+    twice = [patient(f"p{i}", None, source, 8) for i in range(10) for source in ("rsna-2019", "bhsd")]
+    learned, aside = split(twice, None)
+    assert {p.patient for p in learned} & {p.patient for p in aside} == set()
+    assert len(aside) == 4
+
+
+def test_what_pretraining_has_seen_is_never_measured():
+    names = [f"{i:04d}" for i in (0, 1, HELD_OUT_FROM, HELD_OUT_FROM + 1)]
+    others = [patient(f"h{i}", 1, "phe-sich", 8) for i in range(20)]
+    others += [patient(name, 1, "simulated", 8) for name in names]
+    kept = {p.patient for p in split(others, None)[1]}
+    assert kept >= set(names[2:])
+    assert not kept & set(names[:2])
+    assert {p.patient for p in split(others, 0)[1]} == kept
+    assert not split(others, 3)[1]
+    assert all({p.patient for p in split(others, fold)[0]}.isdisjoint(kept) for fold in range(FOLDS))
+
+
+def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
+    monkeypatch.setattr("serving.train_hemorrhage.SAVE_EVERY", 1)
+    monkeypatch.setattr("serving.crops.CROPS", 1)
+    patients = [patient("a", 1), patient("c", None)]
+    build(SMALL).save_weights(tmp_path / "first.weights.h5")
+    start = tmp_path / "first.weights.h5"
+    train(patients, tmp_path / "whole.weights.h5", steps=3, seed=1, label="whole", start=start)
+
+    class Killed(BaseException):
+        pass
+
+    save = Run.save
+
+    def killed(self, done, smooth):
+        save(self, done, smooth)
+        if done == 1:
+            raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Run, "save", killed)
+        with pytest.raises(Killed):
+            train(patients, tmp_path / "cut.weights.h5", steps=3, seed=1, label="cut", start=start)
+    assert (tmp_path / "cut.state.npz").exists()
+    asked, batch = [], Sampler.batch
+    monkeypatch.setattr(Sampler, "batch", lambda self, index: asked.append(index) or batch(self, index))
+    train(patients, tmp_path / "cut.weights.h5", steps=3, seed=1, label="cut", start=start)
+    assert min(asked) == 1
+    assert not (tmp_path / "cut.state.npz").exists()
+    kernels = []
+    for name in ("first", "whole", "cut"):
+        model = build(SMALL)
+        model.load_weights(tmp_path / f"{name}.weights.h5")
+        kernels.append(np.concatenate([v.numpy().ravel() for v in model.trainable_variables]))
+    first, whole, cut = kernels
+    moved = np.abs(whole - first).mean()
+    assert moved > 1e-4
+    assert np.abs(cut - whole).mean() < 0.2 * moved  # threads add up in any order
+
+
+def test_a_state_of_another_recipe_is_not_gone_on_with(tmp_path, monkeypatch):
+    variables = [keras.Variable(np.zeros(2))]
+    Run(tmp_path / "a.weights.h5", ("one",), variables).save(5, 0.5)
+    same, other = (Run(tmp_path / "a.weights.h5", (recipe,), variables) for recipe in ("one", "two"))
+    assert (same.resume(), same.done) == (0.5, 5)
+    assert (other.resume(), other.done) == (None, 0)
+
+
+@pytest.mark.parametrize("shares", ["nowhere=1", "ct-ich", "ct-ich=much"])
+def test_shares_that_cannot_be_read_are_named(shares, capsys):
+    with pytest.raises(SystemExit):
+        main(["--pretrain", "--shares", shares])
+    assert shares.partition("=")[0] in capsys.readouterr().err
 
 
 def test_training_starts_from_given_weights_and_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.train_hemorrhage.SAVE_EVERY", 2)
     monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
     build(SMALL).save_weights(tmp_path / "first.weights.h5")
     train([patient("a", 1), patient("c", None)], tmp_path / "second.weights.h5", steps=2, seed=1, label="second",
@@ -245,14 +377,17 @@ def test_evaluation_calibrates_on_mixed_patients_and_reports_each_set_apart(tmp_
         source = "ct-ich" if i < 20 else "phe-sich"
         folder = tmp_path / f"fold{i % 2}"
         folder.mkdir(exist_ok=True)
-        (folder / "run.json").write_text("{}")
+        (folder / "run.json").write_text('{"folds": 5}')
+        overlaps = np.linspace(0.1, 0.7, len(MASK_OFFSETS))[:, None] * np.ones(9)
         np.savez(folder / f"{source}_{i:03d}.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
-                 child=i % 4 == 0, dice=np.full(9, 0.5), outlined=slice_truth[:, 0])  # fmt: skip
+                 child=i % 4 == 0, dice=overlaps, outlined=slice_truth[:, 0])  # fmt: skip
     result = evaluate(tmp_path)
-    metrics = result["metrics"]
+    metrics: dict = result["metrics"]
     assert metrics["ct-ich"]["any"]["patient_auc"][0] == 1.0
     assert metrics["ct-ich"]["any"]["sensitivity"][0] == 1.0
-    assert result["obtained"].endswith("2 of 3 folds")
+    assert result["mask_offset"] == [MASK_OFFSETS[-1]]  # where the outlines fit best
+    assert metrics["ct-ich"]["dice_of_outlined_slices"] == pytest.approx(0.7)
+    assert result["obtained"].endswith("2 of 5 folds")
     assert metrics["phe-sich"] == metrics["phe-sich"] | {"patients": 4}
     assert "specificity" not in metrics["phe-sich"]["any"]
     assert metrics["ct-ich children"]["patients"] + metrics["ct-ich adults"]["patients"] == 20

@@ -1,0 +1,236 @@
+"""Bleeds and what is taken for them, drawn into real heads: kinds and sizes that few patients of a training set have.
+
+Drawing follows the anatomy that a head shows by itself: the inner table (extra-axial blood lies on it), fluid (blood
+fills sulci and ventricles), brain. The texture of what was there shines through, so that sharpness and noise of the
+scan give nothing away. What is drawn is simulated, and only ever trained on.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from herald.signatures import FINDINGS
+
+Float = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+BONE = 250.0  # Hounsfield units, above blood and most calcifications
+BRIGHT = 110.0  # above blood
+FLUID = 18.0  # below it, once smoothed: fluid rather than brain
+SLICE_PX = 5.5  # the distance of two slices in pixels of a prepared head, 5 mm and some 0.9 mm
+ENCLOSED = 0.8  # of a cavity's outline that bone must border: face and neck have less
+CAVITY_PX = 1500  # smaller ones are sinuses, orbits and the canal
+UNEVEN_PX = 4.0  # radius above which a blob's outline shows bumps
+LEAST_PX = 12  # of blood that make a slice positive: about 10 mm2
+
+KINDS = ("iph", "tiny", "ivh", "sah", "sdh", "edh")
+FINDING = {"iph": "iph", "tiny": "iph", "ivh": "ivh", "sah": "sah", "sdh": "edh_sdh", "edh": "edh_sdh"}
+
+
+@dataclass(frozen=True, eq=False)
+class Cavity:
+    """`depth` (D, H, W) uint8: distance from the inner table in pixels within the cranial cavity, 0 elsewhere."""
+
+    depth: NDArray[np.uint8]
+
+    def __getitem__(self, slices: NDArray[np.intp]) -> "Cavity":
+        """The same of some slices."""
+        return Cavity(self.depth[slices])
+
+
+def cavity(volume: NDArray[np.int16]) -> Cavity:
+    """Find the cranial cavity of a prepared head (D, H, W), slice by slice; slices without a closed one have none."""
+    depth = np.zeros(volume.shape, dtype=np.uint8)
+    for plane, out in zip(volume.astype(np.float32), depth, strict=True):
+        bone = ndimage.binary_closing(np.pad(plane > BONE, 4), iterations=3)[4:-4, 4:-4]
+        soft = ndimage.binary_erosion((plane > -20) & (plane < 110) & ~bone, iterations=2)
+        parts, count = ndimage.label(soft)
+        if not count:
+            continue
+        sizes = np.bincount(parts.ravel())[1:]
+        ring = ndimage.binary_dilation(bone, iterations=4)
+        for part in np.flatnonzero(sizes > CAVITY_PX) + 1:
+            inside = ndimage.binary_fill_holes(ndimage.binary_dilation(parts == part, iterations=2)) & ~bone
+            outline = inside & ~ndimage.binary_erosion(inside)
+            if (outline & ring).sum() > ENCLOSED * outline.sum():
+                out[inside] = np.minimum(ndimage.distance_transform_edt(inside), 255)[inside].astype(np.uint8)
+    return Cavity(depth)
+
+
+def draw_bleed(
+    rng: np.random.Generator, volume: Float, inside: Cavity
+) -> tuple[Float, NDArray[np.uint8], NDArray[np.uint8]] | None:
+    """One bleed drawn into a crop (D, H, W) that has none.
+
+    Returns the crop, its `positive` bits (D, H, W) and the bits of doubtful slices (D,); or None where the crop holds
+    too little of the cranial cavity, or the bleed came out too small to be seen.
+    """
+    if (inside.depth > 0).sum() < CAVITY_PX:
+        return None
+    kind = str(rng.choice(KINDS))
+    level = _LEVELS[kind](rng, volume, inside.depth)
+    if level is None:
+        return None
+    weight = _soft(level < 1, rng) * _replaceable(volume, inside)
+    if kind == "iph" and rng.random() < 0.7:  # oedema
+        halo = _soft(level < rng.uniform(1.2, 1.9), rng) * (inside.depth > 0)
+        volume = volume - halo * (1 - weight) * np.float32(rng.uniform(4, 12))
+    low, high = (45, 70) if kind in ("sah", "ivh") else (52, 82)
+    if kind == "sdh" and rng.random() < 0.25:
+        low, high = 42, 54  # subacute
+    return _blended(rng, volume, weight, float(rng.uniform(low, high)), FINDING[kind])
+
+
+def move_bleed(
+    rng: np.random.Generator, volume: Float, inside: Cavity, donor: Float, positive: NDArray[np.uint8]
+) -> tuple[Float, NDArray[np.uint8], NDArray[np.uint8]] | None:
+    """The blood of another patient's crop `donor` with its `positive` bits, laid at the same place of this one.
+
+    Shapes (D, H, W); what would lie outside the cranial cavity is left out. Returns as `draw_bleed`.
+    """
+    blood = (positive & 1) > 0
+    weight = _soft(blood, rng) * _replaceable(volume, inside)
+    kept = weight > 0.5
+    if kept.sum() < 0.6 * blood.sum() or not kept.any():
+        return None
+    out = volume * (1 - weight) + donor * weight
+    bits = np.where(kept, np.where(blood, positive, 1), 0).astype(np.uint8)
+    return out, bits, _doubtful(kept, np.bitwise_or.reduce(bits, axis=None))
+
+
+def draw_calcification(rng: np.random.Generator, volume: Float, inside: Cavity) -> Float:
+    """The crop (D, H, W) with some calcified spots of a millimetre to a centimetre, which are no blood."""
+    places = np.argwhere(inside.depth > 3)
+    if not len(places):
+        return volume
+    for _ in range(rng.integers(1, 5)):
+        level = _ellipsoid(rng, volume.shape, places[rng.integers(len(places))], float(np.exp(rng.uniform(0.0, 1.6))))
+        weight = ndimage.gaussian_filter((level < 1).astype(np.float32), (0.3, 0.7, 0.7)) * (inside.depth > 0)
+        volume = volume * (1 - weight) + weight * np.float32(rng.uniform(110, 400))
+    return volume
+
+
+def _blended(
+    rng: np.random.Generator, volume: Float, weight: Float, hounsfield: float, finding: str
+) -> tuple[Float, NDArray[np.uint8], NDArray[np.uint8]] | None:
+    """`volume` with blood of the given Hounsfield units where `weight` is; noise and sharpness are those of before."""
+    blood = weight > 0.5
+    if blood.sum(axis=(1, 2)).max() < LEAST_PX:
+        return None
+    tissue = weight > 0
+    share = ndimage.gaussian_filter(tissue.astype(np.float32), (0, 1.5, 1.5))
+    smooth = ndimage.gaussian_filter(np.where(tissue, volume, 0), (0, 1.5, 1.5)) / np.maximum(share, 1e-3)
+    texture = np.clip(np.where(tissue, volume - smooth, 0), -12, 12)  # not the edges of sulci that the blood hides
+    uneven = _noise(rng, volume.shape, 6.0) * np.float32(rng.uniform(0, 5))
+    out = volume * (1 - weight) + weight * (np.float32(hounsfield) + texture + uneven)
+    bit = 1 | 1 << FINDINGS.index(finding)
+    return out, np.where(blood, bit, 0).astype(np.uint8), _doubtful(blood, bit)
+
+
+def _replaceable(volume: Float, inside: Cavity) -> Bool:
+    """What blood may take the place of: not bone, nor what bone shares a voxel with."""
+    return (inside.depth > 0) & (volume < BRIGHT)
+
+
+def _doubtful(blood: Bool, bits: int) -> NDArray[np.uint8]:
+    """Bits of the slices that show so little of the blood that nobody could call them either way."""
+    count = blood.sum(axis=(1, 2))
+    return np.where((count > 0) & (count < LEAST_PX), bits, 0).astype(np.uint8)
+
+
+def _soft(blood: Bool, rng: np.random.Generator) -> Float:
+    return ndimage.gaussian_filter(blood.astype(np.float32), (0.25, *(2 * [rng.uniform(0.5, 1.2)])))
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale_px: float) -> Float:
+    """Smooth noise of unit deviation, drawn coarsely and interpolated."""
+    scales = (scale_px / SLICE_PX, scale_px, scale_px)
+    coarse = [max(2, int(np.ceil(n / scale)) + 2) for n, scale in zip(shape, scales, strict=True)]
+    drawn = rng.standard_normal(coarse).astype(np.float32)
+    zoom = [n / c for n, c in zip(shape, coarse, strict=True)]
+    out = ndimage.zoom(drawn, zoom, order=1, grid_mode=True, mode="nearest")
+    return out / max(float(out.std()), 1e-3)
+
+
+def _ellipsoid(rng: np.random.Generator, shape: tuple[int, ...], centre: NDArray[np.intp], radius_px: float) -> Float:
+    """Distance from `centre` in radii, of a turned and uneven ellipsoid."""
+    angle, stretch = rng.uniform(0, np.pi), float(np.exp(rng.uniform(-0.35, 0.35)))
+    z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    z, y, x = (z - centre[0]) * SLICE_PX, y - centre[1], x - centre[2]
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    up = max(radius_px * float(np.exp(rng.uniform(-0.3, 0.3))), 0.55 * SLICE_PX)  # a blob spans at least its slice
+    level = np.sqrt((u / (radius_px * stretch)) ** 2 + (v * stretch / radius_px) ** 2 + (z / up) ** 2)
+    if radius_px > UNEVEN_PX:
+        level = level * (1 + 0.15 * _noise(rng, shape, radius_px))
+    return np.asarray(level, dtype=np.float32)
+
+
+def _iph(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
+    return _within(rng, volume, depth, float(np.exp(rng.uniform(1.2, 3.0))), least_depth=8)
+
+
+def _tiny(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
+    return _within(rng, volume, depth, float(rng.uniform(2.0, 5.0)), least_depth=3)
+
+
+def _within(
+    rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8], radius_px: float, least_depth: int
+) -> Float | None:
+    places = np.argwhere(depth > least_depth)
+    if not len(places):
+        return None
+    return _ellipsoid(rng, volume.shape, places[rng.integers(len(places))], radius_px)
+
+
+def _in_fluid(
+    rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8], least: int, most: int, radius_px: float
+) -> Float | None:
+    """Where fluid between two depths is, around one of its places."""
+    smooth = ndimage.gaussian_filter(volume, (0, 0.8, 0.8))
+    fluid = (smooth < FLUID) & (smooth > -15) & (depth > least) & (depth < most)
+    places = np.argwhere(fluid)
+    if len(places) < 4 * LEAST_PX:
+        return None
+    level = _ellipsoid(rng, volume.shape, places[rng.integers(len(places))], radius_px)
+    return np.where(fluid, level, np.float32(np.inf))
+
+
+def _ivh(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
+    level = _in_fluid(rng, volume, depth, 28, 255, float(rng.uniform(10, 50)))
+    if level is not None and rng.random() < 0.6:  # blood sinks to the back, which is down for who lies
+        rows = np.argwhere((level < 1).any(axis=(0, 2)))
+        if len(rows):
+            level[:, : int(rng.uniform(rows[0, 0], rows[-1, 0]))] = np.inf
+    return level
+
+
+def _sah(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
+    return _in_fluid(rng, volume, depth, 1, int(rng.integers(12, 40)), float(rng.uniform(14, 60)))
+
+
+def _sdh(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
+    return _on_table(rng, depth, float(rng.uniform(2.5, 9)), float(rng.uniform(35, 110)), power=4)
+
+
+def _edh(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
+    radius_px = float(rng.uniform(12, 50))
+    return _on_table(rng, depth, radius_px * float(rng.uniform(0.25, 0.6)), radius_px, power=2)
+
+
+def _on_table(
+    rng: np.random.Generator, depth: NDArray[np.uint8], thickness_px: float, radius_px: float, power: int
+) -> Float | None:
+    """On the inner table around one of its places, thinning out towards the rim."""
+    places = np.argwhere((depth > 0) & (depth < 3))
+    if not len(places):
+        return None
+    centre = places[rng.integers(len(places))]
+    z, y, x = np.ogrid[: depth.shape[0], : depth.shape[1], : depth.shape[2]]
+    away = np.sqrt(((z - centre[0]) * SLICE_PX) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2) / radius_px
+    thick = thickness_px * (1 - np.minimum(away, 1) ** power) * (1 + 0.15 * _noise(rng, depth.shape, 12.0))
+    return np.where(depth > 0, depth / np.maximum(thick, 1e-3), np.inf).astype(np.float32)
+
+
+_LEVELS = {"iph": _iph, "tiny": _tiny, "ivh": _ivh, "sah": _sah, "sdh": _sdh, "edh": _edh}

@@ -1,0 +1,234 @@
+"""Score patients that were kept aside, calibrate on them and measure: what `--evaluate` of the training does."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import keras  # type: ignore[import-untyped]
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from herald.errors import ConfigError
+from herald.signatures import FINDINGS
+from serving.crops import Prepared, prepare, progress, read_labelled
+from serving.evaluation import auc, bootstrap_interval, dice, operating_point, platt, wilson
+from serving.evaluation_report import Case, picture, worst_cases
+from serving.hemorrhage import build
+from serving.readers import UNKNOWN, LabelledVolume
+
+TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse than an extra look ...
+LEAST_SPECIFICITY = 0.9  # ... but a reader who is paged for every fifth healthy patient stops looking
+SMOOTHING = (0.25, 0.5, 0.25)  # over neighbouring slices, since blood rarely fills just one
+MASK_OFFSETS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # of voxel logits, one of which fits the outlines best
+
+
+def raw_scores(model: keras.Model, volume: NDArray[np.int16]) -> dict[str, NDArray[np.float32]]:
+    """Logits of a whole study (D, 256, 256): `slice` and `pooled` (D, C), `mask` (D, 256, 256, C)."""
+    padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32)
+    return {name: np.asarray(value)[0] for name, value in model(padded, training=False).items()}
+
+
+def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) -> None:
+    """Score `patients` with `weights`; one npz per patient in `out`, with Dice of `any` where a mask is known."""
+    model = build()
+    model.load_weights(weights)
+    out.mkdir(parents=True, exist_ok=True)
+    with progress() as bar:
+        for p in bar.track(patients, description=label):
+            raw = raw_scores(model, p.volume)
+            voxel, truth = raw["mask"][..., 0], (p.positive & 1) > 0
+            known = (p.unknown & 1) == 0
+            np.savez(
+                out / f"{p.source}_{p.patient}.npz",
+                slice=raw["slice"],
+                pooled=raw["pooled"],
+                slice_truth=p.slice_truth,
+                child=p.child,
+                dice=np.stack([dice((voxel > offset) & known, truth & known) for offset in MASK_OFFSETS]),
+                outlined=truth.any(axis=(1, 2)),
+                found=np.packbits(voxel > 0, axis=-1),
+            )
+
+
+def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The uncalibrated logit of each slice: the mean of both routes, smoothed over neighbouring slices, (D, C)."""
+    mean = (slice_head.astype(np.float64) + pooled) / 2
+    padded = np.pad(mean, ((1, 1), (0, 0)), mode="edge")
+    return SMOOTHING[0] * padded[:-2] + SMOOTHING[1] * padded[1:-1] + SMOOTHING[2] * padded[2:]
+
+
+def scored(folder: Path) -> list[dict[str, object]]:
+    """What `score` wrote for each study of the folds in `folder`, with its `logits` (D, C)."""
+    studies = []
+    for path in sorted(folder.glob("fold*/*.npz")):
+        with np.load(path) as file:
+            fields = {name: file[name] for name in file.files}
+        fields["source"], _, fields["patient"] = path.stem.rpartition("_")
+        fields["logits"] = slice_logits(fields["slice"], fields["pooled"])
+        studies.append(fields)
+    return studies
+
+
+def evaluate(folder: Path) -> dict[str, object]:
+    """Calibration and metrics from the scores of folds in `folder`; raises ConfigError where there are none."""
+    studies = scored(folder)
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fold*/run.json"))]
+    mixed = [s for s in studies if s["source"] == "ct-ich"]
+    if not mixed:
+        raise ConfigError(f"no scores in {folder}; run --fold 0, --fold 1 and --fold 2 first")
+
+    thresholds, scales = [], []
+    for c in range(len(FINDINGS)):
+        study_score = np.array([s["logits"][:, c].max() for s in mixed])
+        study_truth = np.array([(s["slice_truth"][:, c] == 1).any() for s in mixed])
+        slices = np.concatenate([s["logits"][:, c] for s in mixed])
+        truth = np.concatenate([s["slice_truth"][:, c] == 1 for s in mixed])
+        thresholds.append(operating_point(study_score, study_truth, TARGET_SENSITIVITY, LEAST_SPECIFICITY))
+        scales.append(float(np.clip(platt(slices, truth)[0], 0.5, 2.0)) if truth.any() else 1.0)
+    offset = int(np.argmax(_outlined_dice(mixed).mean(axis=1)))
+    metrics: dict[str, object] = {}
+    for name, group in (
+        ("ct-ich", mixed),
+        ("ct-ich adults", [s for s in mixed if not s["child"]]),
+        ("ct-ich children", [s for s in mixed if s["child"]]),
+        ("phe-sich", [s for s in studies if s["source"] == "phe-sich"]),
+        ("simulated", [s for s in studies if s["source"] == "simulated"]),
+    ):
+        if group:
+            metrics[name] = _metrics(group, thresholds, offset)
+    return {
+        "findings": list(FINDINGS),
+        "scale": scales,
+        "threshold": thresholds,
+        "smoothing": list(SMOOTHING),
+        "mask_offset": [MASK_OFFSETS[offset]],
+        "target_sensitivity": TARGET_SENSITIVITY,
+        "obtained": f"patients kept aside from training, {len(runs)} of {runs[0].get('folds', len(runs))} folds",
+        "runs": runs,
+        "metrics": metrics,
+    }
+
+
+def _metrics(
+    studies: Sequence[dict[str, NDArray[np.generic]]], thresholds: Sequence[float], offset: int
+) -> dict[str, object]:
+    out: dict[str, object] = {"patients": len(studies)}
+    for c, finding in enumerate(FINDINGS):
+        score_ = np.array([s["logits"][:, c].max() for s in studies])
+        truth = np.array([(s["slice_truth"][:, c] == 1).any() for s in studies])
+        if not truth.any():
+            continue
+        found = score_ >= thresholds[c]
+        row: dict[str, object] = {
+            "positive": int(truth.sum()),
+            "sensitivity": wilson(int((found & truth).sum()), int(truth.sum())),
+        }
+        if not truth.all():
+            row["specificity"] = wilson(int((~found & ~truth).sum()), int((~truth).sum()))
+            row["patient_auc"] = [auc(score_, truth), *bootstrap_interval(score_, truth)]
+        known = [s["slice_truth"][:, c] != UNKNOWN for s in studies]
+        slices = np.concatenate([s["logits"][k, c] for s, k in zip(studies, known, strict=True)])
+        slice_truth = np.concatenate([s["slice_truth"][k, c] == 1 for s, k in zip(studies, known, strict=True)])
+        owner = np.concatenate([np.full(k.sum(), i) for i, k in enumerate(known)])
+        if slice_truth.any() and not slice_truth.all():
+            row["slice_auc"] = [auc(slices, slice_truth), *bootstrap_interval(slices, slice_truth, owner)]
+            row["slices"] = len(slices)
+        out[finding] = row
+    overlaps = _outlined_dice(studies)[offset]
+    if len(overlaps):
+        out["dice_of_outlined_slices"] = float(overlaps.mean())
+    return out
+
+
+def _outlined_dice(studies: Sequence[dict[str, NDArray[np.generic]]]) -> NDArray[np.float64]:
+    """Dice of the outlined slices of all studies at each of MASK_OFFSETS: (offsets, N)."""
+    return np.concatenate([s["dice"][:, s["outlined"].astype(bool)] for s in studies], axis=1)
+
+
+TASKS = ("any bleeding", *(finding.upper().replace("_", "/") for finding in FINDINGS[1:]))
+
+
+def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case]:
+    """Every study and every slice whose truth is known as a case; volumes and the worst ones' pictures from `data`."""
+    scale, threshold = np.array(calibration["scale"]), np.array(calibration["threshold"])
+    offset = MASK_OFFSETS.index(calibration["mask_offset"][0])
+    studies = {(s["source"], s["patient"]): s for s in scored(folder)}
+    out: list[Case] = []
+    with progress() as bar:
+        for (source, patient), s in bar.track(studies.items(), description="reading truth"):
+            labelled = read_labelled(data, source, patient)
+            out += _cases_of(s, expit(scale * (s["logits"] - threshold)), labelled, offset)
+        pictured: dict[int, Case] = {}
+        for source in {case.source for case in out}:
+            worst = worst_cases(case for case in out if case.source == source)
+            for case in bar.track(worst, description=f"drawing the worst of {source}"):
+                labelled = read_labelled(data, source, case.patient)
+                if labelled is not None:
+                    pictured[id(case)] = _pictured(case, studies[source, case.patient], prepare(labelled))
+    return [pictured.get(id(case), case) for case in out]
+
+
+def _cases_of(
+    study: dict[str, object], probability: NDArray[np.floating], labelled: LabelledVolume | None, offset: int
+) -> list[Case]:
+    present = study["slice_truth"] == 1
+    child = bool(study["child"]) if study["source"] == "ct-ich" else None  # the other sets do not say
+    volume_ml, spacing = [None] * len(FINDINGS), None
+    if labelled is not None:
+        child = labelled.child
+        spacing = labelled.volume.slice_spacing_mm
+        voxel_ml = labelled.volume.slice_extents_mm * np.prod(labelled.volume.pixel_spacing_mm) / 1000
+        millilitres = voxel_ml @ (labelled.truth == 1).sum(axis=(1, 2))
+        unsure = (labelled.truth == UNKNOWN).any(axis=(0, 1, 2))
+        volume_ml = [None if blurred else float(ml) for ml, blurred in zip(millilitres, unsure, strict=True)]
+    known = {
+        "source": study["source"],
+        "patient": study["patient"],
+        "simulated": study["source"] == "simulated",
+        "child": child,
+        "thickness_mm": spacing,
+    }
+    out = []
+    for c, task in enumerate(TASKS):
+        bleeds = bool(present[:, c].any())
+        out.append(
+            Case(
+                task=task,
+                truth="bleeding" if bleeds else "none",
+                probability=_two_classes(probability[:, c].max()),
+                kinds=tuple(TASKS[k] for k in range(1, len(TASKS)) if present[:, k].any()) if not c else (),
+                volume_ml=volume_ml[c] if bleeds else None,
+                **known,
+            )
+        )
+        for i in np.flatnonzero(study["slice_truth"][:, c] != UNKNOWN):
+            out.append(
+                Case(
+                    task=f"{task}, by slice",
+                    truth="bleeding" if present[i, c] else "none",
+                    probability=_two_classes(probability[i, c]),
+                    unit="slice",
+                    name=str(i + 1),
+                    dice=float(study["dice"][offset, i]) if not c and study["outlined"][i] else None,
+                    **known,
+                )
+            )
+    return out
+
+
+def _two_classes(positive: float) -> dict[str, float]:
+    return {"none": 1 - float(positive), "bleeding": float(positive)}
+
+
+def _pictured(case: Case, study: dict[str, object], patient: Prepared) -> Case:
+    """With the slice that holds most of the blood, or else the one that the model likes least."""
+    finding = TASKS.index(case.task)
+    truth = (patient.positive >> finding) & 1 > 0
+    i = int(np.argmax(truth.sum(axis=(1, 2)) if truth.any() else study["logits"][:, finding]))
+    outlines, shows = [(truth[i], (70, 170, 255))], f"slice {i + 1}{'; blue: truth' if truth[i].any() else ''}"
+    if "found" in study:
+        outlines.append((np.unpackbits(study["found"][i], axis=-1) > 0, (255, 64, 160)))
+        shows += "; pink: model"
+    return replace(case, picture=picture(patient.volume[i], outlines), picture_shows=shows)

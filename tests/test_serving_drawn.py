@@ -1,0 +1,102 @@
+"""Bleeds drawn into heads: on the anatomy, with truth that fits, and nothing where there is no room."""
+
+import numpy as np
+import pytest
+
+from herald.signatures import FINDINGS
+from serving.drawn import FINDING, KINDS, LEAST_PX, Cavity, cavity, draw_bleed, draw_calcification, move_bleed
+
+
+def head(slices: int = 12, noise: float = 3.0) -> np.ndarray:
+    """A round skull with brain, a fluid-filled middle and a dark furrow near the bone; air outside."""
+    y, x = np.mgrid[:256, :256] - 127.5
+    radius = np.hypot(x, y)
+    plane = np.full((256, 256), -1000.0)
+    plane[radius < 108] = 30  # scalp
+    plane[radius < 100] = 900
+    plane[radius < 92] = 33
+    plane[(radius < 86) & (radius > 82)] = 6
+    plane[radius < 25] = 5
+    volume = np.repeat(plane[None], slices, axis=0)
+    return (volume + np.random.default_rng(0).normal(0, noise, volume.shape)).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def scan() -> tuple[np.ndarray, Cavity]:
+    volume = head()
+    return volume.astype(np.float32), cavity(volume)
+
+
+def test_the_cavity_is_what_bone_encloses_and_its_depth_grows_from_the_inner_table(scan: tuple) -> None:
+    _, inside = scan
+    assert inside.depth[5, 127, 127] > 80
+    assert 0 < inside.depth[5, 127, 127 - 90] < 5
+    assert not inside.depth[5, 127, 127 - 104]  # scalp
+    assert not inside.depth[5, 5, 5]
+
+
+def test_a_head_whose_bone_does_not_close_has_no_cavity() -> None:
+    volume = head(slices=1)
+    volume[:, 128:] = np.where(volume[:, 128:] > 400, 30, volume[:, 128:])
+    assert not cavity(volume).depth.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_brighter_than_what_it_covers_and_lies_within_the_cavity(
+    kind: str, scan: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, inside = scan
+    monkeypatch.setattr("serving.drawn.KINDS", (kind,))
+    drawn = [draw_bleed(np.random.default_rng(seed), volume, inside) for seed in range(12)]
+    drawn = [bleed for bleed in drawn if bleed is not None]
+    assert len(drawn) > 6
+    for out, positive, doubtful in drawn:
+        blood = positive > 0
+        assert not blood[inside.depth == 0].any()
+        assert (positive[blood] == 1 | 1 << FINDINGS.index(FINDING[kind])).all()
+        assert (out - volume)[blood].mean() > 3
+        np.testing.assert_array_equal(out[inside.depth == 0], volume[inside.depth == 0])
+        count = blood.sum(axis=(1, 2))
+        np.testing.assert_array_equal(doubtful > 0, (count > 0) & (count < LEAST_PX))
+
+
+def test_blood_outside_the_brain_lies_on_the_inner_table_and_blood_in_furrows_where_fluid_was(
+    scan: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, inside = scan
+    for kind in ("edh", "sdh", "sah", "ivh"):
+        monkeypatch.setattr("serving.drawn.KINDS", (kind,))
+        bleed = next(b for seed in range(20) if (b := draw_bleed(np.random.default_rng(seed), volume, inside)))
+        blood = bleed[1] > 0
+        if kind in ("edh", "sdh"):
+            assert (inside.depth[blood] < 4).any()
+        else:
+            assert np.median(volume[blood]) < 18
+
+
+def test_a_crop_without_a_cavity_gets_no_bleed(scan: tuple) -> None:
+    volume, inside = scan
+    nothing = Cavity(np.zeros_like(inside.depth))
+    assert draw_bleed(np.random.default_rng(1), volume, nothing) is None
+    np.testing.assert_array_equal(draw_calcification(np.random.default_rng(1), volume, nothing), volume)
+
+
+def test_calcifications_are_brighter_than_blood_and_small(scan: tuple) -> None:
+    volume, inside = scan
+    out = draw_calcification(np.random.default_rng(2), volume, inside)
+    bright = (out > 100) & (inside.depth > 0) & (volume < 100)
+    assert 0 < bright.sum() < 2000
+
+
+def test_blood_moved_from_another_head_keeps_its_kind_and_stays_inside(scan: tuple) -> None:
+    volume, inside = scan
+    donor, positive = volume.copy(), np.zeros(volume.shape, dtype=np.uint8)
+    donor[4:7, 100:120, 60:80] = 70
+    positive[4:7, 100:120, 60:80] = 0b10001
+    out, bits, doubtful = move_bleed(np.random.default_rng(3), volume, inside, donor, positive)
+    assert out[5, 110, 70] == pytest.approx(70, abs=2)
+    assert bits[5, 110, 70] == 0b10001
+    assert not doubtful[5]
+    outside = np.zeros_like(positive)
+    outside[5, 2:20, 2:20] = 1
+    assert move_bleed(np.random.default_rng(3), volume, inside, donor, outside) is None
