@@ -6,6 +6,7 @@ one pass over a whole volume gives per slice exactly what a window of five slice
 convolutions as deep as what is left of those five slices, and added to the expanding arm, which works slice by slice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,11 @@ class FoldSlices(layers.Layer):  # type: ignore[misc]
         """(B, D, H, W, C) -> (B * D, H, W, C)."""
         return ops.reshape(x, (-1, *x.shape[2:]))
 
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Slices become the batch."""
+        batch, slices, *rest = input_shape
+        return (None if None in (batch, slices) else batch * slices, *rest)
+
 
 class UnfoldSlices(layers.Layer):  # type: ignore[misc]
     """Undo FoldSlices: the second input lends its number of slices."""
@@ -122,6 +128,11 @@ class UnfoldSlices(layers.Layer):  # type: ignore[misc]
         """(B * D, ...), (B, D, ...) -> (B, D, ...)."""
         x, like = inputs
         return ops.reshape(x, (-1, ops.shape(like)[1], *x.shape[1:]))
+
+    def compute_output_shape(self, input_shape: Sequence[tuple[int | None, ...]]) -> tuple[int | None, ...]:
+        """Batch and slices of the second, all else of the first."""
+        x, like = input_shape
+        return (*like[:2], *x[1:])
 
 
 class TopMean(layers.Layer):  # type: ignore[misc]

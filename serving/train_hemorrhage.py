@@ -7,6 +7,7 @@
     --score K ... only score these folds, with their weights
     --evaluate    pool the scores of the folds, calibrate, measure        (serving/weights/hemorrhage.json)
                   and report them with pictures, never to be committed    (--report, .work/hemorrhage/report.html)
+    --sets A B    measure how well two sets can be told apart, and whether the detector's score does
 
 The whole of it: --prepare, --pretrain, --fold 0 1 2 3 4, --all, --evaluate. A run that is cut short goes on from its
 last saved step when it is started again. Every run repeats from its seed, as far as the threads of the machine allow.
@@ -44,9 +45,10 @@ from serving.crops import (
     split,
 )
 from serving.evaluation_report import report, write_report
-from serving.hemorrhage import WEIGHTS, build
+from serving.hemorrhage import WEIGHTS, build, load
 from serving.readers import UNKNOWN
 from serving.score_hemorrhage import cases, evaluate, score
+from serving.set_identity import compare
 
 CALIBRATION = WEIGHTS.with_name("hemorrhage.json")
 
@@ -231,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folds", type=int, default=FOLDS, help="how many there are")
     parser.add_argument("--all", action="store_true", help="train on every patient and write the shipped weights")
     parser.add_argument("--evaluate", action="store_true", help="pool the folds' scores, calibrate, measure")
+    told_apart = "measure how well two sets can be told apart, on patients that fold 0 keeps aside"
+    parser.add_argument("--sets", nargs=2, metavar=("A", "B"), choices=("simulated", *ALL_SETS), help=told_apart)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--work", type=Path, default=Path(".work/hemorrhage"), help="cache, weights of folds, scores")
     parser.add_argument("--weights", type=Path, help="weights of --all or --score instead of the usual ones")
@@ -245,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the usual one")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
-    if not (args.prepare or args.pretrain or args.fold or args.score or args.all or args.evaluate):
-        parser.error("say what to do: --prepare, --pretrain, --fold K, --score K, --all or --evaluate")
+    if not (args.prepare or args.pretrain or args.fold or args.score or args.all or args.evaluate or args.sets):
+        parser.error("say what to do: --prepare, --pretrain, --fold K, --score K, --all, --evaluate or --sets A B")
     if wrong := [fold for fold in (*args.fold, *args.score) if not 0 <= fold < args.folds]:
         parser.error(f"there is no fold {wrong[0]} of {args.folds}; they count from 0")
     if args.prepare or args.pretrain or args.fold or args.score or args.all:
@@ -280,6 +284,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         learned, _ = split(patients, None, args.folds)
         weights = args.weights or WEIGHTS
         train(learned, weights, args.steps or STEPS, args.seed + FOLDS, "all patients", start, args.rate, shares)
+    if args.sets:
+        patients = [p for source in args.sets for p in load_patients(args.data, args.work / "prepared", source)]
+        _, aside = split(patients, 0, args.folds)
+        Console().print_json(json.dumps(compare(load(args.weights or WEIGHTS), aside, *args.sets)))
     if args.evaluate:
         result = evaluate(args.work / "scores")
         CALIBRATION.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
