@@ -25,7 +25,7 @@ from herald.volume import Placement, detection_input, slabs
 from serving.drawn import Cavity, cavity, draw_bleed, draw_calcification, move_bleed
 from serving.phantom import draw_findings, simulate
 from serving.public_sets import PUBLIC_SETS
-from serving.readers import SETS, UNKNOWN, LabelledVolume
+from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere
 
 FOLDS = 5
 CROPS = 3  # crops of a step: few, so that steps are many
@@ -75,8 +75,8 @@ def prepare(labelled: LabelledVolume) -> Prepared:
     volume, placement = detection_input(thick.volume)
     truth, slice_truth = labelled.truth, labelled.slice_truth
     if len(thick.members) < len(truth):
-        slice_truth = np.stack([_of_slab(slice_truth[list(m)]) for m in thick.members])
-        truth = np.stack([_of_slab(truth[list(m)]) for m in thick.members])
+        slice_truth = np.stack([anywhere(slice_truth[list(m)]) for m in thick.members])
+        truth = np.stack([anywhere(truth[list(m)]) for m in thick.members])
     truth = _nearest(truth, placement)
     return Prepared(
         source=labelled.source,
@@ -88,11 +88,6 @@ def prepare(labelled: LabelledVolume) -> Prepared:
         depth=cavity(volume).depth,
         child=bool(labelled.child),
     )
-
-
-def _of_slab(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Truth of slices that are averaged: one that bleeds outweighs one of which nobody knows, and that one the rest."""
-    return np.where((truth == 1).any(axis=0), 1, truth.max(axis=0)).astype(np.uint8)
 
 
 def _nearest(truth: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:

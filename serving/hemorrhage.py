@@ -151,7 +151,7 @@ class TopMean(layers.Layer):  # type: ignore[misc]
 
 
 class BatchNormalization(layers.BatchNormalization):  # type: ignore[misc]
-    """As Keras', but learned by TensorFlow's fused kernel: Keras' own takes a third of a training step on a CPU.
+    """As Keras', but learned by TensorFlow's fused kernel: Keras' own is slow on a CPU.
 
     Keras files weights by the name of their class, so that this one must keep it.
     """

@@ -37,7 +37,7 @@ from rich.progress import track
 from herald.errors import ConfigError, DicomError, PixelDataError
 from herald.signatures import FINDINGS
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, read_datasets, volume_from_datasets
-from serving.readers import UNKNOWN, LabelledVolume, voxel_truth
+from serving.readers import UNKNOWN, LabelledVolume, anywhere, voxel_truth
 
 Truth = NDArray[np.uint8]
 
@@ -293,7 +293,7 @@ def read_bhsd(folder: Path, case: str) -> LabelledVolume:
     patient = "_".join(case.split("_")[:2])
     slice_truth = np.asarray(truth.any(axis=(1, 2)), dtype=np.uint8)
     if not labels.in_place:
-        return _of_study("bhsd", patient, scan.volume, _anywhere(slice_truth))
+        return _of_study("bhsd", patient, scan.volume, anywhere(slice_truth))
     return LabelledVolume("bhsd", patient, scan.volume, truth, slice_truth)
 
 
@@ -322,7 +322,7 @@ def read_instance(folder: Path, case: str) -> LabelledVolume:
     slice_truth = np.zeros((len(mask), len(FINDINGS)), dtype=np.uint8)
     slice_truth[mask.any(axis=(1, 2))] = [1, *[UNKNOWN] * (len(FINDINGS) - 1)]
     if not labels.in_place:
-        return _of_study("instance-2022", case, scan.volume, _anywhere(slice_truth))
+        return _of_study("instance-2022", case, scan.volume, anywhere(slice_truth))
     return LabelledVolume("instance-2022", case, scan.volume, voxel_truth(mask, slice_truth), slice_truth)
 
 
@@ -496,11 +496,6 @@ def read_public_set(data: Path, source: str) -> Iterator[LabelledVolume]:
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
-
-
-def _anywhere(slice_truth: Truth) -> Truth:
-    """Truth (C,) of a study from that of its slices: 1 outweighs UNKNOWN, and that 0."""
-    return np.where((slice_truth == 1).any(axis=0), 1, slice_truth.max(axis=0)).astype(np.uint8)
 
 
 def _of_study(

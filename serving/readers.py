@@ -63,6 +63,11 @@ class LabelledVolume:
     study_truth: NDArray[np.uint8] | None = None
 
 
+def anywhere(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Truth of several slices (N, ...) as one: 1 outweighs UNKNOWN, and that 0."""
+    return np.where((truth == 1).any(axis=0), 1, truth.max(axis=0)).astype(np.uint8)
+
+
 def voxel_truth(mask: NDArray[np.bool_], slice_truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Truth (D, H, W, C) of voxels from one mask (D, H, W) of all blood and the kinds (D, C) of each slice.
 

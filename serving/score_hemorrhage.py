@@ -48,7 +48,7 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
                 child=p.child,
                 dice=np.stack([dice((voxel > offset) & known, truth & known) for offset in MASK_OFFSETS]),
                 outlined=truth.any(axis=(1, 2)),
-                found=np.packbits(voxel > 0, axis=-1),
+                found=np.packbits(np.stack([voxel > offset for offset in MASK_OFFSETS]), axis=-1),
             )
 
 
@@ -166,7 +166,7 @@ def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case
             for case in bar.track(worst, description=f"drawing the worst of {source}"):
                 labelled = read_labelled(data, source, case.patient)
                 if labelled is not None:
-                    pictured[id(case)] = _pictured(case, studies[source, case.patient], prepare(labelled))
+                    pictured[id(case)] = _pictured(case, studies[source, case.patient], prepare(labelled), offset)
     return [pictured.get(id(case), case) for case in out]
 
 
@@ -222,13 +222,13 @@ def _two_classes(positive: float) -> dict[str, float]:
     return {"none": 1 - float(positive), "bleeding": float(positive)}
 
 
-def _pictured(case: Case, study: dict[str, object], patient: Prepared) -> Case:
+def _pictured(case: Case, study: dict[str, object], patient: Prepared, offset: int) -> Case:
     """With the slice that holds most of the blood, or else the one that the model likes least."""
     finding = TASKS.index(case.task)
     truth = (patient.positive >> finding) & 1 > 0
     i = int(np.argmax(truth.sum(axis=(1, 2)) if truth.any() else study["logits"][:, finding]))
     outlines, shows = [(truth[i], (70, 170, 255))], f"slice {i + 1}{'; blue: truth' if truth[i].any() else ''}"
     if "found" in study:
-        outlines.append((np.unpackbits(study["found"][i], axis=-1) > 0, (255, 64, 160)))
+        outlines.append((np.unpackbits(study["found"][offset, i], axis=-1) > 0, (255, 64, 160)))
         shows += "; pink: model"
     return replace(case, picture=picture(patient.volume[i], outlines), picture_shows=shows)

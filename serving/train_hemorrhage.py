@@ -28,6 +28,7 @@ from keras import ops
 from rich.console import Console
 from rich.progress import Progress as Bar
 
+from herald.errors import ConfigError
 from herald.signatures import CONTEXT_SLICES, FINDINGS
 from serving.crops import (
     ALL_SETS,
@@ -204,12 +205,18 @@ class Run:
         self.done = done
 
     def resume(self) -> float | None:
-        """Set the variables and `done` to the saved state of the same recipe; its loss, or None where there is none."""
+        """Set the variables and `done` to the saved state of the same recipe; its loss, or None where there is none.
+
+        Raises ConfigError where the state is of another recipe, which would be lost.
+        """
         if not self.state.exists():
             return None
         with np.load(self.state) as saved:
             if str(saved["recipe"]) != self.recipe:
-                return None
+                raise ConfigError(
+                    f"{self.state} is of a run with other patients, shares, steps, rate, seed or start; give the same"
+                    " again, or remove it to begin anew"
+                )
             for i, variable in enumerate(self.variables):
                 variable.assign(saved[f"v{i}"])
             self.done = int(saved["done"])

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,28 +11,26 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from rich.console import Console
 from served_models import eventually
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-keras = pytest.importorskip("keras")
-
-from herald.check import check  # noqa: E402
-from herald.config import ServingConfig, load_config  # noqa: E402
-from herald.errors import ConfigError, SignatureMismatch  # noqa: E402
-from herald.heads import Head, Heads, aggregate, answers, parse_heads, read_heads  # noqa: E402
-from herald.signatures import FINDINGS, HEADS, HEMORRHAGE  # noqa: E402
-from herald.volume import Volume, protocol_batch  # noqa: E402
-from router.inference import InferenceClient  # noqa: E402
-from serving import protocol  # noqa: E402
-from serving.dicom_writer import Origin, write_dicom_series  # noqa: E402
-from serving.export import export, write_saved_model  # noqa: E402
-from serving.server import ModelServer  # noqa: E402
-from serving.site_series import held_out, prepare_site, read_labels  # noqa: E402
-from serving.train import main as train_main  # noqa: E402
-from serving.train_protocol import Plan, Sample, Source, train  # noqa: E402
+from herald.check import check
+from herald.config import ServingConfig, load_config
+from herald.errors import ConfigError, SignatureMismatch
+from herald.heads import Head, Heads, aggregate, answers, parse_heads, read_heads
+from herald.signatures import FINDINGS, HEADS, HEMORRHAGE
+from herald.volume import Volume, protocol_batch
+from router.inference import InferenceClient
+from serving import protocol
+from serving.dicom_writer import Origin, write_dicom_series
+from serving.export import export, write_saved_model
+from serving.server import ModelServer
+from serving.site_series import held_out, prepare_site, read_labels
+from serving.train import main as train_main
+from serving.train_protocol import Plan, Sample, Source, train
 
 # keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -163,7 +160,8 @@ def test_temperature_and_aggregation_travel_with_the_model_to_the_router(tmp_pat
 
 
 def test_herald_check_learns_heads_and_calibration_of_both_models_from_the_server_itself(tmp_path: Path) -> None:
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     weights = tmp_path / "own.weights.h5"
     heads, sizes = read_heads(protocol.DEFAULT_HEADS), protocol.ProtocolSizes(channels=TINY)
     protocol.build(heads, sizes).save_weights(weights)
