@@ -138,14 +138,52 @@ class ServingConfig:
     """How often the folder is looked at for new versions."""
 
 
+ChannelName = Literal["smtp", "pager", "webhook", "hl7", "apprise"]
+
+
 @dataclass(frozen=True)
 class PagingStep:
-    """One step of the paging policy: whom to page, and how long after the finding."""
+    """One step of a paging policy: whom to page, and how long after the finding."""
 
     to: str
-    """E-mail address for `smtp`, URL for `apprise`."""
-    channel: Literal["smtp", "apprise"] = "smtp"
+    """E-mail address for `smtp` and `pager`, URL for `webhook` and `apprise`, HOST:PORT for `hl7`; `on-call:ROLE`."""
+    channel: ChannelName = "smtp"
+    """`smtp` is an e-mail with the key slice, `pager` one of 160 characters for an e-mail-to-pager gateway."""
     after_minutes: float = 0.0
+
+
+@dataclass(frozen=True)
+class PagingPolicy:
+    """Steps for some results only: the first policy that fits is used, `notifier.steps` where none does."""
+
+    name: str
+    steps: tuple[PagingStep, ...]
+    sites: tuple[str, ...] = ()
+    """Names of [[notifier.sites]]; empty fits all."""
+    findings: tuple[str, ...] = ()
+    """Leading kinds of bleed, as in `edh_sdh`; empty fits all."""
+    probability_from: float = 0.0
+    """Least probability of any haemorrhage that fits."""
+    probability_below: float = 1.01
+    """First probability that no longer fits."""
+    days: tuple[str, ...] = ()
+    """Days on which its hours begin, `mon` to `sun`; empty fits all."""
+    from_time: str = "00:00"
+    """Local time of day at which it begins to hold."""
+    until_time: str = "24:00"
+    """Local time of day at which it ends; earlier than `from_time` is on the next day."""
+
+
+@dataclass(frozen=True)
+class PagingSite:
+    """Scanners that belong together: a mode of their own, and a name for policies."""
+
+    name: str
+    calling_ae_titles: tuple[str, ...] = ()
+    scanners: tuple[str, ...] = ()
+    """Station names (0008,1010)."""
+    mode: Literal["", "shadow", "live"] = ""
+    """Empty is `notifier.mode`."""
 
 
 @dataclass(frozen=True)
@@ -153,21 +191,52 @@ class NotifierConfig:
     """Paging, and posting of results to the web UI."""
 
     mode: Literal["shadow", "live"] = "shadow"
-    """`shadow` records what would have been sent; `live` sends."""
+    """`shadow` records what would have been sent; `live` sends. A site may differ."""
     steps: tuple[PagingStep, ...] = ()
     """Whom to page, in order; each later step fires only while nobody has acknowledged."""
+    policies: tuple[PagingPolicy, ...] = ()
+    """Other steps for some sites, bleeds, probabilities and hours."""
+    sites: tuple[PagingSite, ...] = ()
+    """Groups of scanners with a mode or policies of their own."""
+    roster: str = ""
+    """Who is on call: an iCalendar (.ics) or CSV file, relative to the data folder; read anew when it changes."""
+    time_zone: str = ""
+    """IANA name for hours of policies and the roster's times without a zone; empty is this host's zone."""
+    senders: int = 8
+    """Pages sent at the same time, so that one slow channel holds up no other page."""
     smtp_host: str = "127.0.0.1"
     smtp_port: int = 25
     smtp_starttls: bool = False
+    smtp_tls: bool = False
+    """TLS from the first byte (usually port 465) instead of STARTTLS."""
     smtp_user: str = ""
     smtp_password: str = ""
     """Secret; `file:PATH` reads it from a file."""
     smtp_timeout_s: float = 10.0
     sender: str = "herald@localhost"
+    picture: bool = True
+    """Show the key slice in e-mails of channel `smtp`; it carries no identity."""
+    webhook_secret: str = ""
+    """Secret that signs webhooks (Standard Webhooks); `file:PATH` reads it from a file."""
+    hl7_receiver: str = "RIS"
+    """Receiving application (MSH-5) of HL7 messages."""
+    reply_address: str = ""
+    """Address, as in `herald@hospital.example`, to which a page may be answered by e-mail; empty is off."""
+    reply_host: str = "127.0.0.1"
+    """Where the replies are taken: mail for `reply_address` is routed here by SMTP."""
+    reply_port: int = 8025
     retry_for_s: float = 300.0
     """How long a channel that cannot be reached is retried before the next step is used at once."""
     exhausted_after_minutes: float = 15.0
     """How long after the last step's page nobody may acknowledge before the operator is told."""
+    operators: tuple[PagingStep, ...] = ()
+    """Whom to tell of a page that reached nobody, of silence and of a dead model server: all at once."""
+    silence_minutes: float = 0.0
+    """How long no series may be triaged before the operators are told; 0 is off."""
+    models_silent_minutes: float = 5.0
+    """How long the model server may not answer, or the router not live, before the operators are told; 0 is off."""
+    heartbeat_at: str = ""
+    """Local time of day, as in `08:00`, of a daily message to the operators that paging works; empty is off."""
     webui_url: str = "http://127.0.0.1:8080"
     """Where results are posted, and the start of the link in a page unless `webui.public_url` is set."""
 
@@ -204,7 +273,12 @@ class Config:
     webui: WebuiConfig = field(default_factory=WebuiConfig)
 
 
-SECRETS = (("notifier", "smtp_password"), ("webui", "token"), ("webui", "secret_key"))
+SECRETS = (
+    ("notifier", "smtp_password"),
+    ("notifier", "webhook_secret"),
+    ("webui", "token"),
+    ("webui", "secret_key"),
+)
 
 
 _RECEIVER_FILES = ("tls_certificate", "tls_key", "tls_client_ca")
@@ -294,20 +368,27 @@ def _convert(tables: Mapping[str, dict[str, Any]]) -> Config:
     built: dict[str, Any] = {}
     for table, values in tables.items():
         cls = _table_type(table)
-        for key, value in values.items():
-            if key not in _names(cls):
-                raise _unknown("setting", f"{table}.{key}", _names(cls))
-            if table == "notifier" and key == "steps" and isinstance(value, list):
-                for step in value:
-                    for name in step if isinstance(step, dict) else ():
-                        if name not in _names(PagingStep):
-                            raise _unknown("setting", f"notifier.steps.{name}", _names(PagingStep))
+        _refuse_unknown(table, cls, values)
         try:
             built[table] = msgspec.convert(values, cls, strict=False, dec_hook=_path)
         except msgspec.ValidationError as error:
             text = str(error).replace("$.", f"{table}.")
             raise ConfigError(f"{text}; see deploy/herald.toml for every setting and its unit") from error
     return Config(**built)
+
+
+def _refuse_unknown(name: str, cls: Any, values: object) -> None:
+    """Raise ConfigError at the first key that a table, or a table within it, does not have."""
+    if not isinstance(values, dict):
+        return  # msgspec says what is wrong
+    types = {f.name: f.type for f in fields(cls)}
+    for key, value in values.items():
+        if key not in types:
+            raise _unknown("setting", f"{name}.{key}", list(types))
+        within = get_args(types[key])[0] if get_origin(types[key]) is tuple else None
+        if is_dataclass(within) and isinstance(value, list):
+            for table in value:
+                _refuse_unknown(f"{name}.{key}", within, table)
 
 
 def _path(expected: type, value: object) -> object:
@@ -327,6 +408,9 @@ def _resolved(config: Config) -> Config:
         ledger=replace(config.ledger, url=_resolved_url(config.ledger.url, data_dir)),
         bus=replace(config.bus, url=_resolved_url(config.bus.url, data_dir)),
         receiver=replace(config.receiver, **_resolved_files(config.receiver, data_dir)),
+        notifier=replace(
+            config.notifier, roster=str(data_dir / config.notifier.roster) if config.notifier.roster else ""
+        ),
         webui=replace(config.webui, public_url=config.webui.public_url or config.notifier.webui_url),
     )
     for table, key in SECRETS:

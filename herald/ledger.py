@@ -1,8 +1,8 @@
 """The ledger: the relational record of everything, on SQLite or PostgreSQL.
 
 Each table has one writer: the receiver owns `instances`, `rejections`, `series`, `removals` and `commitments`; the
-notifier owns `pages` and `deliveries`; the web UI owns `results`, `reviews`, `labels`, `users` and `audit`. Reading is
-free. Times are UTC.
+router owns `vitals`; the notifier owns `pages`, `deliveries` and `alarms`; the web UI owns `results`, `reviews`,
+`labels`, `users` and `audit`. Reading is free. Times are UTC.
 """
 
 from collections.abc import Iterator
@@ -145,6 +145,18 @@ commitments = Table(
     Column("error", Text, comment="why the last attempt failed"),
 )
 
+# --- router ----------------------------------------------------------------------------------------------------------
+
+vitals = Table(
+    "vitals",
+    metadata,
+    Column("router", String(64), primary_key=True, comment="host and process of a router"),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("seen_at", UtcDateTime, nullable=False, comment="when it last wrote here"),
+    Column("models_answered_at", UtcDateTime, comment="when the model server last answered it"),
+    Column("error", Text, comment="why the model server did not answer last"),
+)
+
 # --- notifier --------------------------------------------------------------------------------------------------------
 
 pages = Table(
@@ -171,6 +183,9 @@ pages = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("next_attempt_at", UtcDateTime),
     Column("error", Text),
+    Column("policy", String(64), comment="name of the policy whose steps are taken; empty or null: notifier.steps"),
+    Column("site", String(64), comment="name of the site of the scanner; empty or null: of none"),
+    Column("event", JSON, comment="the SeriesTriaged that is paged"),
 )
 
 deliveries = Table(
@@ -191,6 +206,22 @@ deliveries = Table(
     ),
     Column("error", Text),
     Column("duration_s", Float),
+)
+
+alarms = Table(
+    "alarms",
+    metadata,
+    Column("alarm_id", String(36), primary_key=True),
+    Column("kind", String(16), nullable=False, comment="silence, models, undelivered or heartbeat"),
+    Column("about", String(64), nullable=False, default="", comment="study of an undelivered page"),
+    Column("detail", Text, nullable=False),
+    Column("mode", String(8), nullable=False, comment="shadow or live when it was raised"),
+    Column("raised_at", UtcDateTime, nullable=False, index=True),
+    Column("cleared_at", UtcDateTime, comment="when its cause was gone; null while it holds"),
+    Column("sent_at", UtcDateTime, comment="when the first operator was reached"),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_attempt_at", UtcDateTime, comment="null when nothing is left to be sent"),
+    Column("error", Text, comment="whom it did not reach, and why"),
 )
 
 # --- web UI ----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,33 @@
 """Channels: one short file each; a channel sends or says why not, and keeps no state of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from herald.config import NotifierConfig, PagingStep
+from herald.events import SeriesTriaged
+
+
+def no_picture() -> bytes | None:
+    """What a message without a picture has."""
+    return None
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a channel sends; `page_id` is the same whenever the same page is sent again."""
+    """What a channel sends; `page_id` is the same whenever the same page is sent again.
+
+    `short` has at most 160 characters; `link` is the signed link of the page, `event` what is paged (None for a message
+    to operators), `picture` makes the key slice as PNG, or None where there is none.
+    """
 
     page_id: str
     subject: str
     body: str
+    short: str = ""
+    link: str = ""
+    event: SeriesTriaged | None = None
+    picture: Callable[[], bytes | None] = no_picture
 
 
 class Channel(Protocol):
