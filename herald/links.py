@@ -1,18 +1,33 @@
-"""The signed link in a page: the notifier signs it, the web UI verifies it, and it expires.
+"""Signed links and tokens: whoever holds one may acknowledge a page, and nothing else, until it expires.
 
-The link names a series revision by UID and nothing else, so that it may pass through a pager's network.
+A token is 32 letters and digits, short enough for a text of 160 characters and for the local part of a reply address,
+and the same in either case. It names a row of `pages`, so neither a UID nor an accession number passes through a
+pager's network. A longer one that names a series revision by its UIDs is understood too.
 """
 
+import binascii
+import hmac
+from base64 import b32decode, b32encode
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import msgspec
 from itsdangerous import BadData, URLSafeTimedSerializer
+from sqlalchemy import Connection, select
 
 from herald.config import WebuiConfig, required_secret
 from herald.errors import LinkError
 from herald.events import utc_now
+from herald.ledger import pages
 
 _SALT = "herald.page"
+_TOKEN_SALT = b"herald.page.token"
+_PAGE_BYTES = 8
+_TIME_BYTES = 4
+_SIGNATURE_BYTES = 8
+"""64 bits: guessing is possible only by asking the node, and opens no image."""
+TOKEN_LENGTH = 32
+"""Characters of a page's token: 20 bytes in base 32."""
 
 
 class ReviewLink(msgspec.Struct, frozen=True, array_like=True):
@@ -23,32 +38,104 @@ class ReviewLink(msgspec.Struct, frozen=True, array_like=True):
     revision: int
 
 
+def page_link(config: WebuiConfig, page_id: str) -> str:
+    """The URL of a page of the ledger; raises ConfigError without `webui.secret_key`."""
+    return _url(config, page_token(config, page_id))
+
+
+def page_token(config: WebuiConfig, page_id: str) -> str:
+    """The token of a page, as in its link and its reply address; raises ConfigError without `webui.secret_key`."""
+    minute = int(utc_now().timestamp()) // 60
+    named = UUID(page_id).bytes[:_PAGE_BYTES] + minute.to_bytes(_TIME_BYTES)
+    return b32encode(named + _signature(config, named)).decode().lower()
+
+
+def follow_link(config: WebuiConfig, connection: Connection, token: str) -> ReviewLink:
+    """What a token of either form stands for, a page's as its row in the ledger says.
+
+    Raises LinkError when it is forged, damaged or older than `webui.link_hours`, or its page is not in the ledger.
+    """
+    if len(token) != TOKEN_LENGTH:
+        return verify_link(config, token)
+    beginning = _verified_beginning(config, token)
+    statement = select(pages.c.study_instance_uid, pages.c.series_instance_uid, pages.c.revision).where(
+        pages.c.page_id.like(f"{beginning}%")
+    )
+    row = connection.execute(statement).first()
+    if row is None:
+        raise LinkError("the link is of a page that the ledger no longer has; log in and use the worklist")
+    return ReviewLink(*row)
+
+
+def reply_address(address: str, token: str) -> str:
+    """The address to which a page is answered: LOCAL+TOKEN@DOMAIN (subaddress, RFC 5233)."""
+    local, _, domain = address.rpartition("@")
+    return f"{local}+{token}@{domain}"
+
+
+def reply_token(address: str, recipient: str) -> str | None:
+    """The token in a recipient that `reply_address` made, whatever has become of its case; None when there is none."""
+    beginning, _, domain = recipient.rpartition("@")
+    local, _, token = beginning.rpartition("+")
+    if f"{local}@{domain}".lower() != address.lower() or len(token) != TOKEN_LENGTH:
+        return None
+    return token.lower()
+
+
 def sign_link(config: WebuiConfig, study_uid: str, series_uid: str, revision: int) -> str:
-    """The URL of a series revision for a page; raises ConfigError without `webui.secret_key`."""
-    token = _serializer(config).dumps([study_uid, series_uid, revision])
-    base = config.public_url or f"http://{config.host}:{config.port}"
-    return f"{base.rstrip('/')}/page/{token}"
+    """The URL of a series revision, of which no page needs to be; raises ConfigError without `webui.secret_key`."""
+    return _url(config, str(_serializer(config).dumps([study_uid, series_uid, revision])))
 
 
 def verify_link(config: WebuiConfig, token: str) -> ReviewLink:
-    """What a token stands for; raises LinkError when it is forged, damaged or older than `webui.link_hours`."""
+    """What a token of `sign_link` stands for; raises LinkError as `follow_link`."""
     try:
         payload, signed_at = _serializer(config).loads(token, return_timestamp=True)
         link = msgspec.convert(payload, ReviewLink)
     except (BadData, msgspec.ValidationError) as error:
-        raise LinkError(
-            "the link is damaged or was not signed by this node; open it from the page again, or log in and use "
-            "the worklist"
-        ) from error
+        raise _damaged() from error
     # The age is checked here because itsdangerous calls a link from a clock one second ahead expired.
-    if utc_now() - signed_at.astimezone(UTC) > timedelta(hours=config.link_hours):
-        raise LinkError(f"{_expired(config, signed_at)}; log in and use the worklist")
+    _refuse_expired(config, signed_at.astimezone(UTC))
     return link
+
+
+def _verified_beginning(config: WebuiConfig, token: str) -> str:
+    """How the id of the page begins that a token names."""
+    try:
+        signed = b32decode(token, casefold=True)
+    except (binascii.Error, ValueError) as error:
+        raise _damaged() from error
+    named, signature = signed[:-_SIGNATURE_BYTES], signed[-_SIGNATURE_BYTES:]
+    if not hmac.compare_digest(signature, _signature(config, named)):
+        raise _damaged()
+    _refuse_expired(config, datetime.fromtimestamp(60 * int.from_bytes(named[_PAGE_BYTES:]), UTC))
+    return str(UUID(bytes=named[:_PAGE_BYTES].ljust(16, b"\0")))[:18]  # the digits of 8 bytes and two hyphens
+
+
+def _signature(config: WebuiConfig, named: bytes) -> bytes:
+    key = required_secret(config.secret_key, "webui.secret_key").encode()
+    return hmac.digest(hmac.digest(key, _TOKEN_SALT, "sha256"), named, "sha256")[:_SIGNATURE_BYTES]
 
 
 def _serializer(config: WebuiConfig) -> URLSafeTimedSerializer:
     return URLSafeTimedSerializer(required_secret(config.secret_key, "webui.secret_key"), salt=_SALT)
 
 
-def _expired(config: WebuiConfig, signed_at: datetime) -> str:
-    return f"the link of {signed_at:%Y-%m-%d %H:%M} UTC has expired: links are valid for {config.link_hours:g} hours"
+def _url(config: WebuiConfig, token: str) -> str:
+    base = config.public_url or f"http://{config.host}:{config.port}"
+    return f"{base.rstrip('/')}/page/{token}"
+
+
+def _refuse_expired(config: WebuiConfig, signed_at: datetime) -> None:
+    if utc_now() - signed_at > timedelta(hours=config.link_hours):
+        raise LinkError(
+            f"the link of {signed_at:%Y-%m-%d %H:%M} UTC has expired: links are valid for {config.link_hours:g} hours; "
+            "log in and use the worklist"
+        )
+
+
+def _damaged() -> LinkError:
+    return LinkError(
+        "the link is damaged or was not signed by this node; open it from the page again, or log in and use "
+        "the worklist"
+    )
