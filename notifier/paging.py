@@ -2,29 +2,33 @@
 
     due ──> sent ──> acknowledged           a reader reviewed the study
      │       ├─────> escalated              nobody did: the next step's page is due
-     │       └─────> exhausted              nobody did, and there is no further step
+     │       └─────> exhausted              nobody did, and there is no further step: the operators are told
      ├─────> withdrawn                      a later revision is negative, and nothing was sent yet
      ├─────> failed                         the channel refused or stayed away: the next step's page is due
-     └─────> exhausted                      as failed, and there is no further step: the operator is told
+     └─────> exhausted                      as failed, and there is no further step: the operators are told
 
 Every change is one transaction. An attempt is marked before it is made, so a crash between sending and marking costs
-a second message with the same Message-ID rather than a page that was never sent.
+a second message with the same Message-ID rather than a page that was never sent. Handlers and the clock only write and
+hand over: sending is done by other threads, so that a channel that hangs holds up neither of them.
 """
 
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 
+import msgspec
 from sqlalchemy import Connection
 
-from herald.config import Config
-from herald.errors import ChannelRefused, ChannelUnavailable, LedgerError
+from herald.config import Config, PagingStep
+from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError, LedgerError
 from herald.events import SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import Ledger
+from herald.links import sign_link
 from notifier import policy, record
 from notifier.channels import Channel, Message
 from notifier.message import PageText, page_text
@@ -36,6 +40,33 @@ LONGEST_WAIT_S = 60.0
 """The paging clock looks up at least this often, so that a suspended host or a changed clock is noticed."""
 
 LEDGER_PAUSE_S = 2.0
+TELL_AGAIN = timedelta(seconds=30)
+"""How long after operators could not be told they are told again."""
+
+Reach = Callable[[PagingStep], Channel]
+"""The channel to a step's recipient; raises ConfigError for a bad address."""
+
+Submit = Callable[[str, Callable[[], None]], object]
+"""Has work for a channel, named by its kind, done soon."""
+
+
+def at_once(channel: str, work: Callable[[], None]) -> None:
+    """Do the work here and now, in the thread of who asks."""
+    work()
+
+
+def tell_nobody(page: Page, reason: str) -> None:
+    """What a node without operators does."""
+
+
+def no_pictures(event: SeriesTriaged) -> bytes | None:
+    """No key slice."""
+    return None
+
+
+def nobody_on_call(role: str, at: datetime) -> str:
+    """What a node without a roster answers."""
+    raise ChannelRefused(f"nobody is on call for {role}: there is no roster; set notifier.roster")
 
 
 @dataclass(frozen=True)
@@ -43,6 +74,8 @@ class _Attempt:
     outcome: Outcome
     at: datetime
     duration_s: float
+    channel: str
+    recipient: str
     error: str | None = None
 
 
@@ -53,36 +86,52 @@ class Paging:
         self,
         ledger: Ledger,
         config: Config,
-        channels: Sequence[Channel],
+        reach: Reach,
+        *,
+        on_call: Callable[[str, datetime], str] = nobody_on_call,
+        submit: Submit = at_once,
+        on_undelivered: Callable[[Page, str], None] = tell_nobody,
+        picture: Callable[[SeriesTriaged], bytes | None] = no_pictures,
         now: Callable[[], datetime] = utc_now,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        """`channels` reach the recipients of `config.notifier.steps`, in the same order."""
+        """`reach` opens channels, `on_call` looks a role up in the roster, `submit` has pages sent.
+
+        `on_undelivered` is called by the clock, within no lock and no transaction, for the last page of a live study
+        that reached nobody or that nobody acknowledged, with the reason: at least once, again if it raised, and again
+        after a crash. `picture` makes the key slice of an event.
+        """
         self._ledger = ledger
         self._config = config
-        self._policy = config.notifier
-        self._channels = channels
+        self._reach = reach
+        self._on_call = on_call
+        self._submit_work = submit
+        self._on_undelivered = on_undelivered
+        self._picture = picture
         self._now = now
         self._jitter = jitter
         self._lock = threading.Lock()  # around transactions, never around sending
         self._settling = threading.Lock()  # around looking for an unrecorded attempt and recording it
+        self._waiting: set[str] = set()  # pages handed over that no sender has taken up
         self._sending: set[str] = set()
         self._unrecorded: dict[str, tuple[Page, _Attempt]] = {}  # made while the ledger was away
         self._wake = threading.Event()
+        self._looks_at: datetime | None = None  # when the clock looks next; None while it looks
+        self._refused = False  # whether a sender found the ledger away
+        self._broken: Exception | None = None  # a bug that a sender met
 
     # --- events ------------------------------------------------------------------------------------------------------
 
     def on_triaged(self, event: SeriesTriaged) -> None:
-        """Page on a positive result, at once; withdraw what a negative later revision supersedes."""
+        """Page on a positive result, at once; withdraw what a negative later revision supersedes.
+
+        The page is durable on return, and sent by another thread.
+        """
         if event.disposition == "positive":
-            due = self._open(event)
-        else:
-            due = []
-            if event.disposition == "negative":
-                self._withdraw(event)
-        for page_id in due:
-            self._send(page_id)
-        self._wake.set()
+            for page in self._open(event):
+                self._see_to(page)
+        elif event.disposition == "negative":
+            self._withdraw(event)
 
     def on_reviewed(self, event: SeriesReviewed) -> None:
         """Acknowledge the study's open pages, whatever the reader's verdict."""
@@ -91,13 +140,12 @@ class Paging:
             for page in record.pages_of_study(connection, event.study_instance_uid):
                 if page.state in ("due", "sent", "exhausted") and policy.answers(review, page):
                     _acknowledge(connection, page, review)
-        self._wake.set()
 
-    def _open(self, event: SeriesTriaged) -> list[str]:
-        """Make the study's first page unless there is one; the ids of pages that wait to be sent."""
+    def _open(self, event: SeriesTriaged) -> list[Page]:
+        """Make the study's first page unless there is one; the pages that wait to be sent."""
         text = page_text(event, self._config)
         now = self._now()
-        live = self._policy.mode == "live"
+        live = policy.mode_of(policy.site_of(event, self._config), self._config) == "live"
         with self._lock, self._ledger.begin() as connection:
             known = record.pages_of_study(connection, event.study_instance_uid)
             fresh = all(
@@ -106,16 +154,24 @@ class Paging:
             )
             if not fresh:
                 self._note_covered(connection, event, known[0], now)
-                return [page.page_id for page in known if page.state == "due"]
+                return [page for page in known if page.state == "due"]
             record.drop_pages(connection, event.study_instance_uid)
-            finding_at = min(event.occurred_at, now)  # another host's clock may be ahead
-            page = self._first_page(event, text, finding_at)
-            record.save_page(connection, page)
-        log.info("study %s is to be paged to %s (%s)", page.study_instance_uid, page.recipient, page.mode)
-        return [page.page_id]
+            page = self._first_page(event, text, now)
+            record.add_page(connection, page)
+        log.info(
+            "study %s is to be paged to %s (%s, %s)",
+            page.study_instance_uid,
+            page.recipient,
+            page.mode,
+            f"policy {page.policy}" if page.policy else "notifier.steps",
+        )
+        return [page]
 
-    def _first_page(self, event: SeriesTriaged, text: PageText, finding_at: datetime) -> Page:
-        steps = self._policy.steps
+    def _first_page(self, event: SeriesTriaged, text: PageText, now: datetime) -> Page:
+        chosen = policy.choose(event, self._config, now)
+        site = policy.site_of(event, self._config)
+        first = chosen.steps[0] if chosen.steps else None
+        finding_at = min(event.occurred_at, now)  # another host's clock may be ahead
         return Page(
             page_id=record.page_id(event.study_instance_uid, 0),
             study_instance_uid=event.study_instance_uid,
@@ -123,14 +179,27 @@ class Paging:
             revision=event.revision,
             step=0,
             state="due",
-            mode=self._policy.mode,
-            channel=steps[0].channel if steps else "none",
-            recipient=self._channels[0].recipient[:256] if steps else "",
+            mode=policy.mode_of(site, self._config),
+            channel=first.channel if first else "none",
+            recipient=self._planned(first) if first else "",
             subject=text.subject,
             body=text.body,
             finding_at=finding_at,
-            due_at=finding_at + timedelta(minutes=steps[0].after_minutes if steps else 0.0),
+            due_at=finding_at + timedelta(minutes=first.after_minutes if first else 0.0),
+            policy=chosen.name,
+            site=site,
+            event=msgspec.json.decode(event.to_json()),
         )
+
+    def _planned(self, step: PagingStep) -> str:
+        """The recipient for the ledger before there is an attempt: who is on call is looked up when it is made."""
+        if step.to.startswith(policy.ON_CALL):
+            return step.to[:256]
+        return self._channel(step.channel, step.to).recipient[:256]
+
+    def _channel(self, kind: str, to: str) -> Channel:
+        # without the rest of the step, so that one channel serves every step to this recipient
+        return self._reach(PagingStep(to=to, channel=kind))  # type: ignore[arg-type]
 
     def _note_covered(self, connection: Connection, event: SeriesTriaged, page: Page, now: datetime) -> None:
         if not policy.newer(event.series_instance_uid, event.revision, page):
@@ -154,34 +223,61 @@ class Paging:
                 return  # another series of the study is positive, and these pages stand for it too
             for page in study:
                 superseded = page.series_instance_uid == event.series_instance_uid and page.revision < event.revision
-                if superseded and page.state == "due" and page.page_id not in self._sending:
-                    _to(connection, page, "withdrawn", f"revision {event.revision} of the series is negative")
+                under_way = page.page_id in self._sending or page.page_id in self._unrecorded
+                if superseded and page.state == "due" and not under_way:
+                    _end(connection, page, "withdrawn", f"revision {event.revision} of the series is negative")
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
-    def _send(self, page_id: str) -> None:
-        """Attempt a page that is due, and at once the next step's when this one's channel has failed for good."""
-        following: str | None = page_id
-        while following is not None:
-            page = self._claim(following)
-            if page is None:
-                return
-            try:
-                self._unrecorded[page.page_id] = page, self._attempt(page)
-            finally:
-                self._sending.discard(page.page_id)
-                self._wake.set()
-            following = self._settle(page.page_id)
+    def _see_to(self, page: Page) -> None:
+        """Hand a page that is due now to a sender; have the clock look in time for any other move."""
+        now = self._now()
+        move = policy.next_move(page, self._config, now)
+        if move is None:
+            return
+        if move.kind == "send" and move.at <= now:
+            self._submit(page)
+        elif self._looks_at is None or move.at < self._looks_at:
+            self._wake.set()
 
-    def _settle(self, page_id: str) -> str | None:
+    def _submit(self, page: Page) -> None:
+        if page.page_id not in self._waiting:
+            self._waiting.add(page.page_id)
+            self._submit_work(page.channel, partial(self._work, page.page_id))
+
+    def _work(self, page_id: str) -> None:
+        """What a sender does: attempt a page and record what came of it."""
+        self._waiting.discard(page_id)
+        try:
+            self._send(page_id)
+        except LedgerError as error:
+            if not self._refused:
+                log.error("a page waits for the ledger: %s", error)
+            self._refused = True
+            self._wake.set()
+        except Exception as error:  # nobody waits for a sender's outcome: the clock ends with it
+            self._broken = error
+            self._wake.set()
+
+    def _send(self, page_id: str) -> None:
+        page = self._claim(page_id)
+        if page is None:
+            return
+        try:
+            self._unrecorded[page.page_id] = page, self._attempt(page)
+        finally:
+            self._sending.discard(page.page_id)
+        self._settle(page.page_id)
+
+    def _settle(self, page_id: str) -> None:
         """Record the attempt of a page; until the ledger has taken it, the page is not attempted again."""
         with self._settling:
             made = self._unrecorded.get(page_id)
-            if made is None:  # the other thread was faster
-                return None
-            following = self._record(*made)
+            if made is None:  # another thread was faster
+                return
+            changed = self._record(*made)
             del self._unrecorded[page_id]
-            return following
+        self._see_to(changed)
 
     def _claim(self, page_id: str) -> Page | None:
         """Mark the attempt in the ledger; None when there is nothing to send now."""
@@ -191,39 +287,65 @@ class Paging:
             now = self._now()
             with self._ledger.begin() as connection:
                 page = record.load_page(connection, page_id)
-                move = None if page is None else policy.next_move(page, self._policy, now)
+                move = None if page is None else policy.next_move(page, self._config, now)
                 if page is None or move is None or move.kind != "send" or move.at > now:
                     return None
                 if _answered(connection, page):
                     return None
                 attempts = page.attempts + 1
                 pause_s = policy.retry_pause_s(attempts) * self._jitter(0.8, 1.2)
-                page = replace(page, attempts=attempts, next_attempt_at=now + timedelta(seconds=pause_s))
-                record.save_page(connection, page)
+                next_attempt_at = now + timedelta(seconds=pause_s)
+                page = record.change_page(connection, page, attempts=attempts, next_attempt_at=next_attempt_at)
             self._sending.add(page_id)
             return page
 
     def _attempt(self, page: Page) -> _Attempt:
-        if self._mode(page) == "shadow":
-            return _Attempt("shadow", self._now(), 0.0)
-        started = time.perf_counter()
-        outcome: Outcome = "sent"
+        """Send the page, or in shadow mode find out all that sending would need."""
+        mode = self._mode(page)
+        channel, recipient = page.channel, page.recipient
+        outcome: Outcome = "sent" if mode == "live" else "shadow"
         reason: str | None = None
+        started = time.perf_counter()
         try:
-            if page.step >= len(self._channels):
-                raise ChannelRefused(f"the policy has no step {page.step + 1} any more; see [[notifier.steps]]")
-            self._channels[page.step].send(Message(page.page_id, page.subject, page.body))
-        except ChannelRefused as error:
+            step = policy.step_of(page, self._config)
+            if step is not None:
+                channel, to = step.channel, step.to
+                if to.startswith(policy.ON_CALL):
+                    recipient = to[:256]
+                    to = self._on_call(to.removeprefix(policy.ON_CALL), self._now())
+                reached = self._channel(channel, to)
+                recipient = reached.recipient[:256]
+                if mode == "live":
+                    reached.send(self._message(page))
+            elif mode == "live":
+                steps = f"policy {page.policy}" if page.policy else "notifier.steps"
+                raise ChannelRefused(f"{steps} has no step {page.step + 1} any more; see [[notifier.steps]]")
+        except (ChannelRefused, ConfigError) as error:
             outcome, reason = "refused", str(error)
         except ChannelUnavailable as error:
             outcome, reason = "unavailable", str(error)
         except Exception as error:  # a broken channel must not take paging down: it is retried, then passed over
-            log.exception("the channel %s to %s broke", page.channel, page.recipient)
+            log.exception("the channel %s to %s broke", channel, recipient)
             outcome, reason = "unavailable", f"the channel broke: {type(error).__name__}: {error}"
-        return _Attempt(outcome, self._now(), time.perf_counter() - started, reason)
+        return _Attempt(outcome, self._now(), time.perf_counter() - started, channel, recipient, reason)
 
-    def _record(self, page: Page, attempt: _Attempt) -> str | None:
-        """Write what an attempt came to; the next step's page when that is due now."""
+    def _message(self, page: Page) -> Message:
+        """What the page says, with a link that is signed now."""
+        event = page.triaged
+        if event is None:  # a page of an earlier version
+            return Message(page.page_id, page.subject, page.body, short=page.subject[:160])
+        return Message(
+            page.page_id,
+            page.subject,
+            page.body,
+            short=page.subject[:160],
+            link=sign_link(self._config.webui, event.study_instance_uid, event.series_instance_uid, event.revision),
+            event=event,
+            picture=partial(self._picture, event),
+        )
+
+    def _record(self, page: Page, attempt: _Attempt) -> Page:
+        """Write what an attempt came to: the page that has a move next, this one or the next step's."""
         with self._lock, self._ledger.begin() as connection:
             record.note_delivery(
                 connection,
@@ -231,47 +353,49 @@ class Paging:
                 series_instance_uid=page.series_instance_uid,
                 revision=page.revision,
                 page=page.page_id,
-                channel=page.channel,
-                recipient=page.recipient,
+                channel=attempt.channel,
+                recipient=attempt.recipient,
                 outcome=attempt.outcome,
                 error=attempt.error,
                 duration_s=attempt.duration_s,
             )
             current = record.load_page(connection, page.page_id) or page
+            whom = {"channel": attempt.channel, "recipient": attempt.recipient, "error": attempt.error}
             if attempt.outcome in ("sent", "shadow"):
                 # a reader may have acknowledged meanwhile: that stays
                 state: State = "sent" if current.state == "due" else current.state
-                told = replace(current, state=state, mode=self._mode(page), sent_at=attempt.at, error=None)
-                record.save_page(connection, told)
-                log.info("study %s: %s to %s", page.study_instance_uid, attempt.outcome, page.recipient)
-                return None
+                told = record.change_page(
+                    connection, current, state=state, mode=self._mode(page), sent_at=attempt.at, **whom
+                )
+                log.info("study %s: %s to %s", page.study_instance_uid, attempt.outcome, attempt.recipient)
+                return told
             if current.state != "due":
-                return None
-            spent = page.attempts >= policy.attempts_allowed(self._policy.retry_for_s)
+                return current
+            current = record.change_page(connection, current, **whom)
+            spent = page.attempts >= policy.attempts_allowed(self._config.notifier.retry_for_s)
             if attempt.outcome == "refused" or spent:
                 return self._step_on(connection, current, "failed", attempt.error or "")
-            record.save_page(connection, replace(current, error=attempt.error))
-            log.warning("study %s: page to %s waits: %s", page.study_instance_uid, page.recipient, attempt.error)
-            return None
+            log.warning("study %s: page to %s waits: %s", page.study_instance_uid, attempt.recipient, attempt.error)
+            return current
 
-    def _step_on(self, connection: Connection, page: Page, state: State, reason: str) -> str | None:
-        """Leave a page for the next step's, whose id is returned, or for the operator when there is none."""
+    def _step_on(self, connection: Connection, page: Page, state: State, reason: str) -> Page:
+        """Leave a page for the next step's, which is returned, or for the operators when there is none."""
         study = page.study_instance_uid
-        following = policy.following_step(page, self._policy)
+        following = policy.following_step(page, self._config)
         if following is None:
-            _to(connection, page, "exhausted", reason)
-            level = logging.ERROR if page.mode == "live" else logging.INFO
+            live = self._mode(page) == "live"
             log.log(
-                level,
+                logging.ERROR if live else logging.INFO,
                 "paging of study %s (series %s) is exhausted: %s; nobody has answered: call the radiologist, and "
                 "check the channels in [notifier]",
                 study,
                 page.series_instance_uid,
                 reason,
             )
-            return None
-        _to(connection, page, state, reason)
-        step = self._policy.steps[following]
+            tell_at = self._now() if live else None
+            return record.change_page(connection, page, state="exhausted", error=reason, next_attempt_at=tell_at)
+        _end(connection, page, state, reason)
+        step = policy.steps_of(page, self._config)[following]
         next_page = replace(
             page,
             page_id=record.page_id(study, following),
@@ -279,28 +403,37 @@ class Paging:
             state="due",
             mode=self._mode(page),
             channel=step.channel,
-            recipient=self._channels[following].recipient[:256],
+            recipient=self._planned(step),
             due_at=self._now(),
             sent_at=None,
             attempts=0,
             next_attempt_at=None,
             error=None,
         )
-        record.save_page(connection, next_page)
+        record.add_page(connection, next_page)
         log.warning("study %s: %s at step %d (%s); next is %s", study, state, page.step, reason, next_page.recipient)
-        return next_page.page_id
+        return next_page
 
     def _mode(self, page: Page) -> Mode:
-        """Live only if the node is live now and was when the page was made."""
-        return "live" if page.mode == "live" and self._policy.mode == "live" else "shadow"
+        """Live only if the page's site is live now and was when the page was made."""
+        return "live" if page.mode == policy.mode_of(page.site or "", self._config) == "live" else "shadow"
 
     # --- the paging clock --------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Send, retry, escalate and exhaust pages when their time comes, until `stop` is set and `wake` called."""
+        """Send, retry, escalate and exhaust pages when their time comes, until `stop` is set and `wake` called.
+
+        Raises what a sender met that was no trouble of a channel or of the ledger.
+        """
         outage = False
-        while not stop.is_set():
+        while True:
             self._wake.clear()
+            self._looks_at = None
+            if stop.is_set():
+                return
+            if self._refused:  # senders found the ledger away, and would at once again
+                self._refused = False
+                stop.wait(LEDGER_PAUSE_S)
             try:
                 soonest = self.tick()
                 wait_s = LONGEST_WAIT_S
@@ -313,6 +446,7 @@ class Paging:
                 if not outage:
                     log.error("paging waits for the ledger: %s", error)
                 outage, wait_s = True, LEDGER_PAUSE_S
+            self._looks_at = self._now() + timedelta(seconds=wait_s)
             self._wake.wait(wait_s)
 
     def wake(self) -> None:
@@ -320,53 +454,78 @@ class Paging:
         self._wake.set()
 
     def tick(self) -> datetime | None:
-        """Make every move whose time has come; returns when the next one is due."""
+        """Make every move whose time has come, without waiting for a channel; returns when the next one is due."""
+        if self._broken is not None:
+            raise self._broken
         for page_id in tuple(self._unrecorded):
-            if following := self._settle(page_id):
-                self._send(following)
-        for page, move in self._moves():
-            if move.at > self._now():
-                continue
+            self._settle(page_id)
+        moves = self._moves()
+        now = self._now()
+        due = [(page, move) for page, move in moves if move.at <= now]
+        for page, move in due:
             if move.kind == "send":
-                self._send(page.page_id)
+                self._submit(page)
+            elif move.kind == "tell":
+                self._tell(page)
             else:
                 self._give_up_waiting(page.page_id)
-        return min((move.at for _, move in self._moves()), default=None)
+        if due:
+            moves = self._moves()
+        return min((move.at for _, move in moves), default=None)
 
     def _moves(self) -> list[tuple[Page, policy.Move]]:
+        """What the open pages need next, without those that senders have in hand."""
+        in_hand = self._waiting | self._sending
         with self._ledger.read() as connection:
             found = record.open_pages(connection)
         now = self._now()
-        moves = ((page, policy.next_move(page, self._policy, now)) for page in found)
-        return [(page, move) for page, move in moves if move is not None and page.page_id not in self._sending]
+        moves = ((page, policy.next_move(page, self._config, now)) for page in found)
+        return [(page, move) for page, move in moves if move is not None and page.page_id not in in_hand]
 
     def _give_up_waiting(self, page_id: str) -> None:
         """Nobody answered in time: on to the next step, or exhausted."""
         with self._lock, self._ledger.begin() as connection:
             page = record.load_page(connection, page_id)
-            move = None if page is None else policy.next_move(page, self._policy, self._now())
-            if page is None or move is None or move.kind == "send" or move.at > self._now():
+            move = None if page is None else policy.next_move(page, self._config, self._now())
+            if page is None or move is None or move.kind not in ("escalate", "exhaust") or move.at > self._now():
                 return
             if _answered(connection, page):
                 return
-            following = self._step_on(connection, page, "escalated", "nobody has acknowledged in time")
-        if following is not None:
-            self._send(following)
+            changed = self._step_on(connection, page, "escalated", "nobody has acknowledged in time")
+        if changed.state == "exhausted" and changed.next_attempt_at is not None:
+            self._tell(changed)
+        else:
+            self._see_to(changed)
+
+    def _tell(self, page: Page) -> None:
+        """Tell the operators of a page that reached nobody, and note that they were told only then."""
+        again_at: datetime | None = None
+        try:
+            self._on_undelivered(page, page.error or "")
+        except LedgerError:
+            raise
+        except Exception:  # paging goes on whatever is wrong with the operators' alarm
+            log.exception("the operators could not be told that study %s reached nobody", page.study_instance_uid)
+            again_at = self._now() + TELL_AGAIN
+        with self._lock, self._ledger.begin() as connection:
+            current = record.load_page(connection, page.page_id)
+            if current is not None and (current.state, current.next_attempt_at) == ("exhausted", page.next_attempt_at):
+                record.change_page(connection, current, next_attempt_at=again_at)
 
 
-def _to(connection: Connection, page: Page, state: State, reason: str) -> None:
-    record.save_page(connection, replace(page, state=state, error=reason, next_attempt_at=None))
+def _end(connection: Connection, page: Page, state: State, reason: str) -> None:
+    record.change_page(connection, page, state=state, error=reason, next_attempt_at=None)
 
 
 def _acknowledge(connection: Connection, page: Page, review: Review) -> None:
-    acknowledged = replace(
+    record.change_page(
+        connection,
         page,
         state="acknowledged",
         acknowledged_at=review.occurred_at,
         acknowledged_by=review.reader,
         next_attempt_at=None,
     )
-    record.save_page(connection, acknowledged)
     log.info("study %s: step %d acknowledged by %s", page.study_instance_uid, page.step, review.reader)
 
 

@@ -1,12 +1,14 @@
 """The notifier's rows in the ledger, `pages` and `deliveries`, and the one look at the web UI's `reviews`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID, uuid5
 
-from sqlalchemy import Connection, and_, delete, insert, or_, select
+import msgspec
+from sqlalchemy import Connection, and_, delete, insert, or_, select, update
 
+from herald.events import SeriesTriaged
 from herald.ledger import deliveries, pages, reviews
 
 State = Literal["due", "sent", "acknowledged", "escalated", "exhausted", "withdrawn", "failed"]
@@ -39,6 +41,16 @@ class Page:
     attempts: int = 0
     next_attempt_at: datetime | None = None
     error: str | None = None
+    policy: str | None = None
+    """Name of the policy whose steps are taken; empty, or None in rows of an earlier version: `notifier.steps`."""
+    site: str | None = None
+    event: dict[str, Any] | None = None
+    """The SeriesTriaged that is paged, as JSON; None in rows of an earlier version."""
+
+    @property
+    def triaged(self) -> SeriesTriaged | None:
+        """The event that is paged."""
+        return None if self.event is None else msgspec.convert(self.event, SeriesTriaged)
 
 
 @dataclass(frozen=True)
@@ -70,14 +82,21 @@ def pages_of_study(connection: Connection, study_instance_uid: str) -> list[Page
 
 def open_pages(connection: Connection) -> list[Page]:
     """Every page that the clock has to see to, the earliest due first."""
-    statement = select(pages).where(pages.c.state.in_(("due", "sent"))).order_by(pages.c.due_at)
+    untold = and_(pages.c.state == "exhausted", pages.c.next_attempt_at.is_not(None))
+    statement = select(pages).where(or_(pages.c.state.in_(("due", "sent")), untold)).order_by(pages.c.due_at)
     return [Page(**row._mapping) for row in connection.execute(statement)]
 
 
-def save_page(connection: Connection, page: Page) -> None:
-    """Write the row, new or not; the notifier is the only writer of `pages`."""
+def add_page(connection: Connection, page: Page) -> None:
+    """Write the row of a page that is new, or that begins anew."""
     connection.execute(delete(pages).where(pages.c.page_id == page.page_id))
-    connection.execute(insert(pages).values(**asdict(page)))
+    connection.execute(insert(pages).values(**vars(page)))
+
+
+def change_page(connection: Connection, page: Page, **changes: Any) -> Page:
+    """The page with these columns changed, in the ledger too."""
+    connection.execute(update(pages).where(pages.c.page_id == page.page_id).values(**changes))
+    return replace(page, **changes)
 
 
 def drop_pages(connection: Connection, study_instance_uid: str) -> None:
@@ -128,6 +147,7 @@ def note_delivery(
             deliveries.c.revision == revision,
             deliveries.c.page_id == page if page else deliveries.c.page_id.is_(None),
             deliveries.c.channel == channel,
+            deliveries.c.recipient == recipient,
         )
         .order_by(deliveries.c.delivery_id.desc())
         .limit(1)

@@ -9,17 +9,20 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from herald.bus import handle, open_bus
-from herald.config import Config, required_secret
-from herald.errors import ConfigError
-from herald.events import Event, SeriesReviewed, SeriesTriaged
+from herald.config import Config, PagingStep, required_secret
+from herald.errors import ChannelRefused
+from herald.events import Event, SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import open_ledger
-from notifier.channels import Channel, open_channel
+from notifier import policy
+from notifier.channels import open_channel
 from notifier.channels.webui import WebuiChannel
-from notifier.paging import Paging
+from notifier.paging import Paging, Reach, nobody_on_call
 from notifier.posting import Posting
+from notifier.roster import Roster
 
 log = logging.getLogger(__name__)
 
@@ -28,48 +31,103 @@ Handlers = Mapping[type[Event], Callable[[Any], None]]
 PAGING_GROUP = "notifier"
 POSTING_GROUP = "notifier-webui"
 
+CHANNELS_KEPT = 1024
+"""Opened channels that are kept; rosters name new people all the time."""
+
 
 def serve(config: Config, stop: threading.Event) -> None:
-    """Page and post until `stop` is set; raises ConfigError when the policy or a secret is missing.
+    """Page and post until `stop` is set; raises ConfigError when a policy, the roster or a secret is missing or wrong.
 
-    Three threads: paging's consumer, the paging clock and posting's consumer. One that dies sets `stop` and raises
-    here, so that the process ends and is started again rather than half working.
+    A thread each for paging's consumer, the paging clock and posting's consumer, and those that send. One that dies
+    sets `stop` and raises here, so that the process ends and is started again rather than half working. On stopping,
+    pages under way are sent to their end; those that wait stay due in the ledger.
     """
-    channels = open_channels(config)
+    reach = open_channels(config)
+    roster = open_roster(config)
     required_secret(config.webui.secret_key, "webui.secret_key")
     webui = WebuiChannel(config)
     ledger = open_ledger(config.ledger)
-    paging = Paging(ledger, config, channels)
+    senders = Senders(config.notifier.senders)
+    paging = Paging(ledger, config, reach, on_call=roster.on_call if roster else nobody_on_call, submit=senders.submit)
     posting = Posting(ledger, webui)
 
     def end(_: "Future[None]") -> None:
         stop.set()
         paging.wake()
 
-    log.info("the notifier is %s, %d steps; results go to %s", config.notifier.mode, len(channels), webui.recipient)
-    with ThreadPoolExecutor(3, thread_name_prefix="notifier") as threads:
-        pages: Handlers = {SeriesTriaged: paging.on_triaged, SeriesReviewed: paging.on_reviewed}
-        work = [
-            threads.submit(paging.run, stop),
-            threads.submit(_consume, config, PAGING_GROUP, pages, stop, _not_paged),
-            threads.submit(_consume, config, POSTING_GROUP, {SeriesTriaged: posting.on_triaged}, stop, _not_posted),
-        ]
+    log.info(
+        "the notifier is %s; %d policies, %d sites; results go to %s",
+        "live" if policy.any_live(config) else "shadow",
+        len(config.notifier.policies),
+        len(config.notifier.sites),
+        webui.recipient,
+    )
+    pages: Handlers = {SeriesTriaged: paging.on_triaged, SeriesReviewed: paging.on_reviewed}
+    threads: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+        (paging.run, (stop,)),
+        (_consume, (config, PAGING_GROUP, pages, stop, _not_paged)),
+        (_consume, (config, POSTING_GROUP, {SeriesTriaged: posting.on_triaged}, stop, _not_posted)),
+    ]
+    with ThreadPoolExecutor(len(threads), thread_name_prefix="notifier") as pool:
+        work = [pool.submit(run, *arguments) for run, arguments in threads]
         for future in work:
             future.add_done_callback(end)
+    senders.close()
     ledger.close()
     for future in work:
         future.result()
 
 
-def open_channels(config: Config) -> tuple[Channel, ...]:
-    """One channel per step of the policy, without touching the network; raises ConfigError."""
-    if config.notifier.mode == "live" and not config.notifier.steps:
-        raise ConfigError(
-            "notifier.mode is live, but nobody is to be paged: add to herald.toml\n"
-            '[[notifier.steps]]\nto = "radiologist@hospital.example"\n'
-            'or set notifier.mode = "shadow"'
-        )
-    return tuple(open_channel(step, config.notifier) for step in config.notifier.steps)
+class Senders:
+    """Threads that send, `each` for every kind of channel, so that one that hangs holds up no other."""
+
+    def __init__(self, each: int) -> None:
+        self._each = each
+        self._lock = threading.Lock()
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    def submit(self, channel: str, work: Callable[[], None]) -> None:
+        """Do the work as soon as a thread of the channel is free."""
+        with self._lock:
+            if channel not in self._pools:
+                self._pools[channel] = ThreadPoolExecutor(self._each, thread_name_prefix=f"notifier-{channel}")
+            self._pools[channel].submit(work)
+
+    def close(self) -> None:
+        """Wait for the work under way, and forget what waits."""
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
+
+
+def open_channels(config: Config) -> Reach:
+    """Channels by step, opened once for each recipient, without touching the network.
+
+    Raises ConfigError when the policies are not sound, or a channel of theirs cannot be opened.
+    """
+    policy.validate(config)
+
+    @lru_cache(CHANNELS_KEPT)
+    def reach(step: PagingStep) -> Any:
+        return open_channel(step, config.notifier)
+
+    for steps in policy.all_steps(config).values():
+        for step in steps:
+            if not step.to.startswith(policy.ON_CALL):
+                reach(PagingStep(to=step.to, channel=step.channel))
+    return reach
+
+
+def open_roster(config: Config) -> Roster | None:
+    """The roster, if there is one; raises ConfigError when it cannot be read. A role without anybody now is logged."""
+    if not config.notifier.roster:
+        return None
+    roster = Roster(config.notifier.roster, policy.zone_of(config))
+    for role in policy.roles(config):
+        try:
+            roster.on_call(role, utc_now())
+        except ChannelRefused as error:
+            log.warning("%s", error)
+    return roster
 
 
 def _consume(

@@ -23,7 +23,7 @@ from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError, Ledge
 from herald.events import Action, SeriesReviewed, SeriesTriaged
 from herald.ledger import Ledger, deliveries, reviews
 from notifier import policy, record
-from notifier.channels import Message
+from notifier.channels import Channel, Message
 from notifier.paging import Paging
 from notifier.record import Page
 from notifier.service import open_channels
@@ -100,14 +100,23 @@ class Night:
         self.ledger = ledger
         self.config: Config = configured(**{"mode": "live", "steps": STEPS, "retry_for_s": 20.0, **notifier})
         self.channels = [FakeChannel(step.to) for step in self.config.notifier.steps]
+        self.undelivered: list[tuple[str, str]] = []
         self.now = NOON
         self.start()
 
     def start(self, **notifier: Any) -> None:
         self.config = replace(self.config, notifier=replace(self.config.notifier, **notifier))
         self.paging = Paging(
-            self.ledger, self.config, self.channels, now=lambda: self.now, jitter=lambda low, high: 1.0
+            self.ledger,
+            self.config,
+            self.reach,
+            on_undelivered=lambda page, reason: self.undelivered.append((page.study_instance_uid, reason)),
+            now=lambda: self.now,
+            jitter=lambda low, high: 1.0,
         )
+
+    def reach(self, step: PagingStep) -> Channel:
+        return next(channel for channel in self.channels if channel.recipient == step.to)
 
     def after(self, **duration: float) -> datetime | None:
         self.now += timedelta(**duration)
@@ -439,16 +448,14 @@ def test_a_page_that_was_sent_stays_and_still_escalates_after_a_negative_revisio
 # --- modes -----------------------------------------------------------------------------------------------------------
 
 
-class Trap:
-    recipient = "first@hospital.example"
-
+class Trap(FakeChannel):
     def send(self, message: Message) -> None:
         raise AssertionError("something was sent in shadow mode")
 
 
 def test_shadow_mode_records_what_would_have_been_sent_and_sends_nothing(ledger: FaultyLedger) -> None:
     night = Night(ledger, mode="shadow")
-    night.channels = [Trap() for _ in STEPS]  # type: ignore[misc]
+    night.channels = [Trap(step.to) for step in STEPS]
     night.start()
     night.triage()
     for _ in range(60):
@@ -492,7 +499,7 @@ def test_a_page_made_live_is_not_sent_by_a_node_switched_to_shadow(night: Night)
 def test_live_mode_without_a_policy_does_not_start_and_says_how_to_write_one() -> None:
     with pytest.raises(ConfigError, match=r"\[\[notifier\.steps\]\]"):
         open_channels(configured(mode="live"))
-    assert open_channels(configured(mode="shadow")) == ()
+    open_channels(configured(mode="shadow"))
 
 
 # --- crashes and clocks ----------------------------------------------------------------------------------------------
@@ -513,8 +520,7 @@ def test_a_crash_while_sending_leads_to_another_attempt_with_the_same_page_id(ni
 
 def test_a_page_sent_while_the_ledger_goes_away_is_not_sent_again_when_it_is_back(night: Night) -> None:
     night.ledger.faults = ["ok", "ok", "refuse", "refuse"]
-    with pytest.raises(LedgerError):
-        night.triage()
+    night.triage()
     with pytest.raises(LedgerError):
         night.after(minutes=1)
     night.after(minutes=1)
@@ -524,8 +530,7 @@ def test_a_page_sent_while_the_ledger_goes_away_is_not_sent_again_when_it_is_bac
 def test_a_result_redelivered_before_its_page_could_be_recorded_does_not_page_again(night: Night) -> None:
     night.ledger.faults = ["ok", "ok", "refuse"]
     event = triaged(occurred_at=NOON)
-    with pytest.raises(LedgerError):
-        night.paging.on_triaged(event)
+    night.paging.on_triaged(event)
     night.now += timedelta(minutes=1)
     night.paging.on_triaged(event)
     assert night.sent() == [1, 0, 0]
@@ -580,7 +585,7 @@ def test_the_clock_thread_retries_without_being_polled_and_is_woken_by_new_pages
 
     channel.behaviour, channel.during = "unavailable", during
     config = configured(mode="live", steps=STEPS[:1])
-    paging = Paging(ledger, config, [channel], jitter=lambda low, high: 0.005)
+    paging = Paging(ledger, config, lambda step: channel, jitter=lambda low, high: 0.005)
     stop = threading.Event()
     clock = threading.Thread(target=paging.run, args=(stop,))
     clock.start()
