@@ -4,10 +4,10 @@ The data are prepared once through `herald.volume.detection_input`, which is exa
 follows from the seed and its number alone, so that a run that was cut short goes on as if it had not been.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -36,15 +36,16 @@ POSITIVE_SHARE = 0.55  # of crops that are drawn around a positive slice; the ki
 DRAWN_SHARE = 0.4  # of the other crops that get a bleed, drawn or moved there from another patient
 MOVED_SHARE = 0.3  # of those, moved
 CALCIFIED_SHARE = 0.15  # of all crops
+KEPT_IN_MEMORY = 300  # patients of some 10 MB
 SIMULATED_SEED = 20
-SIMULATED = 24  # heads to learn from, half of them bleeding
+SIMULATED = 48  # heads to learn from, half of them bleeding
 HELD_OUT_SIMULATED, HELD_OUT_FROM = 40, 1000  # other ones, to measure on
 CROSS_VALIDATED = "ct-ich"  # the real set with and without bleeding: every figure on it is out of fold
 SAME_PATIENTS = {"ct-ich-nifti": "ct-ich", "bhsd": "rsna-2019"}
 ALL_SETS = {**SETS, **PUBLIC_SETS}
 
 # Augmentation. One crop is changed as a whole; every set alike, so that the look of a set does not give its label away.
-ROTATION_DEG, SCALE, SHIFT_PX = 90.0, 0.12, 10.0  # children and the unconscious lie as they lie
+ROTATION_DEG, SCALE, SHIFT_PX = 60.0, 0.12, 10.0  # children and the unconscious lie as they lie
 HOUNSFIELD_SHIFT, HOUNSFIELD_SCALE = 5.0, 0.06
 NOISE_HOUNSFIELD, BLUR_SHARE = 6.0, 0.3
 SATURATED_SHARE = 0.35  # of crops whose values beyond a brain window are lost, as they are in PHE-SICH
@@ -52,21 +53,33 @@ JPEG_SHARE = 0.5  # of crops of the sets that are not JPEG already, as CT-ICH is
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class Pixels:
     """One patient as the model sees it; bit c of `positive` and `unknown` is finding c.
 
-    `volume` (D, 256, 256) int16, `positive` and `unknown` (D, 256, 256) uint8, `slice_truth` (D, C) uint8, `depth`
-    (D, 256, 256) uint8 as `serving.drawn.cavity` finds it.
+    `volume` (D, 256, 256) int16, `positive` and `unknown` (D, 256, 256) uint8, `depth` (D, 256, 256) uint8 as
+    `serving.drawn.cavity` finds it.
     """
 
-    source: str
-    patient: str
     volume: NDArray[np.int16]
     positive: NDArray[np.uint8]
     unknown: NDArray[np.uint8]
-    slice_truth: NDArray[np.uint8]
     depth: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What is known of one patient, `slice_truth` (D, C) uint8, and its pixels, read when they are asked for."""
+
+    source: str
+    patient: str
+    slice_truth: NDArray[np.uint8]
     child: bool
+    read: Callable[[], Pixels]
+
+    @property
+    def pixels(self) -> Pixels:
+        """Read now, or lately."""
+        return self.read()
 
 
 def prepare(labelled: LabelledVolume) -> Prepared:
@@ -78,16 +91,13 @@ def prepare(labelled: LabelledVolume) -> Prepared:
         slice_truth = np.stack([anywhere(slice_truth[list(m)]) for m in thick.members])
         truth = np.stack([anywhere(truth[list(m)]) for m in thick.members])
     truth = _nearest(truth, placement)
-    return Prepared(
-        source=labelled.source,
-        patient=labelled.patient,
+    pixels = Pixels(
         volume=volume,
         positive=np.packbits(truth == 1, axis=-1, bitorder="little")[..., 0],
         unknown=np.packbits(truth == UNKNOWN, axis=-1, bitorder="little")[..., 0],
-        slice_truth=slice_truth,
         depth=cavity(volume).depth,
-        child=bool(labelled.child),
     )
+    return Prepared(labelled.source, labelled.patient, slice_truth, bool(labelled.child), lambda: pixels)
 
 
 def _nearest(truth: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
@@ -135,16 +145,25 @@ def load_patients(data: Path, work: Path, source: str) -> list[Prepared]:
         with progress() as bar:
             for name, read in bar.track(missing.items(), description=f"preparing {source}"):
                 partly = work / f"{source}_{name}.partly.npz"
-                np.savez(partly, **vars(prepare(read())))
+                ready = prepare(read())
+                known = {"source": source, "patient": name, "slice_truth": ready.slice_truth, "child": ready.child}
+                np.savez(partly, **known, **vars(ready.pixels))
                 partly.rename(work / f"{source}_{name}.npz")
-    return [_read_prepared(work / f"{source}_{name}.npz") for name in readers]
+    return [_stored(work / f"{source}_{name}.npz") for name in readers]
 
 
-def _read_prepared(path: Path) -> Prepared:
+def _stored(path: Path) -> Prepared:
+    """A patient of the cache: RSNA 2019 as a whole would fill 200 GB of memory with pixels."""
     with np.load(path) as file:
-        fields = {name: file[name] for name in file.files}
-    fields.update(source=str(fields["source"]), patient=str(fields["patient"]), child=bool(fields["child"]))
-    return Prepared(**fields)
+        return Prepared(
+            str(file["source"]), str(file["patient"]), file["slice_truth"], bool(file["child"]), partial(_pixels, path)
+        )
+
+
+@lru_cache(KEPT_IN_MEMORY)
+def _pixels(path: Path) -> Pixels:
+    with np.load(path) as file:
+        return Pixels(file["volume"], file["positive"], file["unknown"], file["depth"])
 
 
 def progress() -> Progress:
@@ -208,7 +227,7 @@ class Sampler:
             raise ConfigError(f"nobody to learn from in {', '.join(shares)}; name sets of which there are patients")
         of_sources = np.array([shares[source] for source in self.sources])
         self.shares = of_sources / of_sources.sum()
-        self.donors = [p for p in patients if p.positive.any() and p.source != "simulated"]
+        self.donors = [p for p in patients if bleeds(p) and p.source != "simulated"]
 
     def crop(self, rng: np.random.Generator) -> Crop:
         """One crop of OUTPUT_SLICES slices and the two on either side; edges of the scan are repeated."""
@@ -225,12 +244,12 @@ class Sampler:
             quiet = np.flatnonzero(patient.slice_truth[:, 0] == 0)
             drawn, middle = bool(clean) and rng.random() < DRAWN_SHARE, int(rng.choice(quiet if len(quiet) else [0]))
         around = _around(patient, middle - int(rng.integers(OUTPUT_SLICES)))
-        volume, positive = patient.volume[around].astype(np.float32), patient.positive[around]
-        unknown, truth = patient.unknown[around], patient.slice_truth[around]
-        inside = Cavity(patient.depth[around])
+        pixels, truth = patient.pixels, patient.slice_truth[around]
+        volume, positive = pixels.volume[around].astype(np.float32), pixels.positive[around]
+        unknown, inside = pixels.unknown[around], Cavity(pixels.depth[around])
         if rng.random() < CALCIFIED_SHARE and not positive.any():  # nor does it cover blood
             volume = draw_calcification(rng, volume, inside)
-        if drawn and (bleed := self._bleed(rng, volume, inside, middle / len(patient.volume))) is not None:
+        if drawn and (bleed := self._bleed(rng, volume, inside, middle / len(patient.slice_truth))) is not None:
             volume, positive, doubtful = bleed
             truth, unknown = truth_of(positive, doubtful)
         if patient.source != "ct-ich" and rng.random() < JPEG_SHARE:
@@ -244,8 +263,9 @@ class Sampler:
         if not self.donors or rng.random() >= MOVED_SHARE:
             return draw_bleed(rng, volume, inside)
         donor = self.donors[rng.integers(len(self.donors))]
-        around = _around(donor, round(height * len(donor.volume)) - int(rng.integers(OUTPUT_SLICES)))
-        return move_bleed(rng, volume, inside, donor.volume[around].astype(np.float32), donor.positive[around])
+        around = _around(donor, round(height * len(donor.slice_truth)) - int(rng.integers(OUTPUT_SLICES)))
+        pixels = donor.pixels
+        return move_bleed(rng, volume, inside, pixels.volume[around].astype(np.float32), pixels.positive[around])
 
     def batch(self, index: int) -> tuple[NDArray[np.generic], ...]:
         """The crops of one step, stacked; the same for the same seed and index."""
@@ -263,7 +283,7 @@ class Sampler:
 
 def _around(patient: Prepared, start: int) -> NDArray[np.intp]:
     """Indices of the slices of a crop that is learned from `start` on, with its context."""
-    return np.clip(np.arange(start - 2, start + OUTPUT_SLICES + 2), 0, len(patient.volume) - 1)
+    return np.clip(np.arange(start - 2, start + OUTPUT_SLICES + 2), 0, len(patient.slice_truth) - 1)
 
 
 def truth_of(positive: NDArray[np.uint8], doubtful: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

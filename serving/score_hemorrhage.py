@@ -37,9 +37,10 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
     out.mkdir(parents=True, exist_ok=True)
     with progress() as bar:
         for p in bar.track(patients, description=label):
-            raw = raw_scores(model, p.volume)
-            voxel, truth = raw["mask"][..., 0], (p.positive & 1) > 0
-            known = (p.unknown & 1) == 0
+            pixels = p.pixels
+            raw = raw_scores(model, pixels.volume)
+            voxel, truth = raw["mask"][..., 0], (pixels.positive & 1) > 0
+            known = (pixels.unknown & 1) == 0
             np.savez(
                 out / f"{p.source}_{p.patient}.npz",
                 slice=raw["slice"],
@@ -225,10 +226,11 @@ def _two_classes(positive: float) -> dict[str, float]:
 def _pictured(case: Case, study: dict[str, object], patient: Prepared, offset: int) -> Case:
     """With the slice that holds most of the blood, or else the one that the model likes least."""
     finding = TASKS.index(case.task)
-    truth = (patient.positive >> finding) & 1 > 0
+    pixels = patient.pixels
+    truth = (pixels.positive >> finding) & 1 > 0
     i = int(np.argmax(truth.sum(axis=(1, 2)) if truth.any() else study["logits"][:, finding]))
     outlines, shows = [(truth[i], (70, 170, 255))], f"slice {i + 1}{'; blue: truth' if truth[i].any() else ''}"
     if "found" in study:
         outlines.append((np.unpackbits(study["found"][offset, i], axis=-1) > 0, (255, 64, 160)))
         shows += "; pink: model"
-    return replace(case, picture=picture(patient.volume[i], outlines), picture_shows=shows)
+    return replace(case, picture=picture(pixels.volume[i], outlines), picture_shows=shows)

@@ -29,14 +29,14 @@ CONTEXT = 2
 def clean_slices(patient: Prepared) -> NDArray[np.intp]:
     """Up to SLICES slices without blood that have neighbours on either side, evenly spread."""
     quiet = np.flatnonzero(patient.slice_truth[:, 0] == 0)
-    quiet = quiet[(quiet >= CONTEXT) & (quiet < len(patient.volume) - CONTEXT)]
+    quiet = quiet[(quiet >= CONTEXT) & (quiet < len(patient.slice_truth) - CONTEXT)]
     return quiet[np.linspace(0, len(quiet) - 1, min(SLICES, len(quiet))).round().astype(int)]
 
 
 def windows(patient: Prepared, seed: int | None) -> NDArray[np.float32]:
     """Five slices around each of `clean_slices`: (N, 5, 256, 256); changed as in training where a seed is given."""
     around = clean_slices(patient)[:, None] + np.arange(-CONTEXT, CONTEXT + 1)
-    volume = patient.volume[around].astype(np.float32)
+    volume = patient.pixels.volume[around].astype(np.float32)
     if seed is not None and len(volume):
         nothing = np.zeros((len(volume), 1, *volume.shape[2:]), dtype=np.uint8)
         crops = map(keras.ops.convert_to_tensor, (volume, nothing, nothing))

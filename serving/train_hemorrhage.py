@@ -23,12 +23,10 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras  # type: ignore[import-untyped]
-import numpy as np
 from keras import ops
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from herald.errors import ConfigError
 from herald.signatures import CONTEXT_SLICES, FINDINGS
 from serving.crops import (
     ALL_SETS,
@@ -50,6 +48,7 @@ from serving.hemorrhage import WEIGHTS, build, load
 from serving.readers import UNKNOWN
 from serving.score_hemorrhage import cases, evaluate, score
 from serving.set_identity import compare
+from serving.unfinished import UnfinishedRun
 
 CALIBRATION = WEIGHTS.with_name("hemorrhage.json")
 
@@ -119,9 +118,9 @@ class Learner(keras.Model):  # type: ignore[misc]
 class Progress(keras.callbacks.Callback):  # type: ignore[misc]
     """Show on `bar` how far training is, and save where it stands after every epoch of SAVE_EVERY steps."""
 
-    def __init__(self, bar: Bar, run: "Run", label: str, steps: int, smooth: float | None) -> None:
+    def __init__(self, bar: Bar, run: UnfinishedRun, label: str, steps: int) -> None:
         super().__init__()
-        self.bar, self.run, self.label, self.steps, self.smooth = bar, run, label, steps, smooth
+        self.bar, self.run, self.label, self.steps = bar, run, label, steps
         self.task = bar.add_task(label, total=steps, completed=run.done)
         if run.done:
             bar.console.print(f"{label}: goes on from step {run.done}")
@@ -133,9 +132,9 @@ class Progress(keras.callbacks.Callback):  # type: ignore[misc]
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float]) -> None:
         """Save, and say the loss of the epoch, smoothed."""
         value = float(logs["loss"])
-        self.smooth = value if self.smooth is None else 0.5 * self.smooth + 0.5 * value
-        self.run.save((epoch + 1) * SAVE_EVERY, self.smooth)
-        self.bar.console.print(f"{self.label}: step {self.run.done} of {self.steps}, loss {self.smooth:.3f}")
+        smooth = value if self.run.loss is None else 0.5 * self.run.loss + 0.5 * value
+        self.run.save((epoch + 1) * SAVE_EVERY, smooth)
+        self.bar.console.print(f"{self.label}: step {self.run.done} of {self.steps}, loss {smooth:.3f}")
 
 
 def train(
@@ -168,8 +167,16 @@ def train(
     learner.compile(optimizer)
     from_what = hashlib.sha256(start.read_bytes()).hexdigest() if start is not None else None
     who = sorted((p.source, p.patient) for p in patients)
-    run = Run(weights, (seed, steps, rate, dict(shares), from_what, who), [*learner.variables, *optimizer.variables])
-    smooth = run.resume()
+    recipe = {
+        "seed": seed,
+        "number of steps": steps,
+        "rate": rate,
+        "shares": dict(shares),
+        "start": from_what,
+        "patients": hashlib.sha256(repr(who).encode()).hexdigest(),
+    }
+    run = UnfinishedRun(weights, recipe, [*learner.variables, *optimizer.variables])
+    run.resume()
     epochs = -(-steps // SAVE_EVERY)
     batches = Sampler(patients, seed, shares).batches(run.done, epochs * SAVE_EVERY)
     with progress() as bar:
@@ -180,47 +187,10 @@ def train(
             epochs=epochs,
             shuffle=False,  # they are drawn at random
             verbose=0,
-            callbacks=[Progress(bar, run, label, epochs * SAVE_EVERY, smooth)],
+            callbacks=[Progress(bar, run, label, epochs * SAVE_EVERY)],
         )
     model.save_weights(weights)
-    run.state.unlink(missing_ok=True)
-
-
-class Run:
-    """What a training run needs to go on after it was cut short, in a file beside its weights."""
-
-    def __init__(self, weights: Path, recipe: tuple[object, ...], variables: Sequence[keras.Variable]) -> None:
-        self.state = weights.with_name(weights.name.removesuffix(".weights.h5") + ".state.npz")
-        self.recipe = hashlib.sha256(repr(recipe).encode()).hexdigest()
-        self.variables = variables
-        self.done = 0  # steps
-        weights.parent.mkdir(parents=True, exist_ok=True)
-
-    def save(self, done: int, smooth: float) -> None:
-        """Write the state after `done` steps."""
-        partly = self.state.with_suffix(".partly.npz")
-        values = {f"v{i}": ops.convert_to_numpy(variable) for i, variable in enumerate(self.variables)}
-        np.savez(partly, done=done, smooth=smooth, recipe=self.recipe, **values)
-        partly.replace(self.state)
-        self.done = done
-
-    def resume(self) -> float | None:
-        """Set the variables and `done` to the saved state of the same recipe; its loss, or None where there is none.
-
-        Raises ConfigError where the state is of another recipe, which would be lost.
-        """
-        if not self.state.exists():
-            return None
-        with np.load(self.state) as saved:
-            if str(saved["recipe"]) != self.recipe:
-                raise ConfigError(
-                    f"{self.state} is of a run with other patients, shares, steps, rate, seed or start; give the same"
-                    " again, or remove it to begin anew"
-                )
-            for i, variable in enumerate(self.variables):
-                variable.assign(saved[f"v{i}"])
-            self.done = int(saved["done"])
-            return float(saved["smooth"])
+    run.finish()
 
 
 # --- command ---------------------------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 Samples are drawn anew for every step, from its number and the seed alone: simulated series, and real heads that are
 turned, cropped, sharpened to bone kernels and given contrast medium. The real DICOM series are for evaluation only.
 `--heads FILE --labels CSV` trains other heads from a site's own series (`serving.site_series`), `--start WEIGHTS` from
-a trained trunk. A run that was cut short goes on with `--resume` and ends with the weights that it would have had.
+a trained trunk. A run that was cut short goes on when it is started again, to the weights that it would have had.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -54,19 +53,15 @@ from serving.site_series import SiteSeries, held_out, prepare_site, read_labels
 # --- hyperparameters, each with its reason ---------------------------------------------------------------------------
 
 SEED = 2026
-CYCLES = (
-    (300, 2e-3),
-    (450, 2e-3),
-    (400, 1e-3),
-    (360, 1e-3),
-)  # (steps, peak rate): the loss falls when each cosine comes down
+CYCLES = ((1500, 2e-3),)  # (steps, peak rate): the loss falls when a cosine comes down
 BATCH = 6  # small, for many steps in little time; large enough for batch normalisation over eight slices
 STEPS = sum(steps for steps, _ in CYCLES)
 WEIGHT_DECAY = 1e-4
 LABEL_SMOOTHING = 0.02  # keeps the softmaxes from certainty on what the simulation makes too easy
-HEAD_SUBJECTS, SERIES_PER_HEAD = 28, 14  # composing a head costs two seconds, scanning it a tenth
+HEAD_SUBJECTS, SERIES_PER_HEAD = 96, 6  # composing a head costs two seconds, scanning it a tenth
 SKULL_SUBJECTS, SERIES_PER_SKULL = 4, 8  # plastic skulls, which quality assurance sends
-OTHER_SUBJECTS, SERIES_PER_OTHER = 26, 7
+OTHER_SUBJECTS, SERIES_PER_OTHER = 40, 5
+PLANELESS = ("limb", "test_object")  # look much alike in every plane, so that their orientation is undefined
 CRANIUM_VARIANTS, SERIES_PER_CRANIUM = 4, 12  # one real thin-slice head, so many warps of it
 SERIES_PER_PATIENT = {"ct-ich": 8, "phe-sich": 2}  # PHE-SICH has lost what lies outside the brain window: fewer
 WORKERS = 2  # cores
@@ -96,11 +91,13 @@ class Sample:
     pixel_mm: float
     thickness_mm: float
     real: bool = False
+    planeless: bool = False
 
     def labels(self, kernel: str) -> dict[str, str | None]:
         """The label of each head."""
         contrast = self.contrast if self.region == "head" else None  # of no interest in a body
-        return {"contrast": contrast, "orientation": self.orientation, "kernel": kernel, "region": self.region}
+        orientation = None if self.planeless else self.orientation
+        return {"contrast": contrast, "orientation": orientation, "kernel": kernel, "region": self.region}
 
     def draw(self, rng: np.random.Generator) -> tuple[NDArray[np.int16], Mapping[str, str | None]]:
         """The slices with a kernel and noise of their own, and the label of each head, None where undefined."""
@@ -158,7 +155,8 @@ def _simulated_series(
     """Some series of the i-th subject of a kind."""
     rng = np.random.default_rng((SEED, list(SHARES).index(kind), i))
     subject = replace(draw(rng, i), truth=None)
-    return [_clean(rng, subject, kind) for _ in range(series)]
+    planeless = kind == "other" and _other_region(i) in PLANELESS
+    return [replace(_clean(rng, subject, kind), planeless=planeless) for _ in range(series)]
 
 
 def _real_series(data: Path, source: str, names: Sequence[str], series: int, i: int) -> list[Sample]:
@@ -179,8 +177,12 @@ def _draw_head(rng: np.random.Generator, i: int) -> Subject:
 
 
 def _draw_other(rng: np.random.Generator, i: int) -> Subject:
-    region = str(rng.choice(OTHER_REGIONS, p=[0.5, 0.2, 0.18, 0.12]))
-    return make_subject(rng, region=region, contrast=str(rng.choice(["non_contrast", "venous"])))
+    return make_subject(rng, region=_other_region(i), contrast=str(rng.choice(["non_contrast", "venous"])))
+
+
+def _other_region(i: int) -> str:
+    """What the i-th subject that is no head is: trunks as often as everything else together."""
+    return "trunk" if i % 2 else OTHER_REGIONS[1:][i // 2 % (len(OTHER_REGIONS) - 1)]
 
 
 def _draw_cranium(path: Path, rng: np.random.Generator, i: int) -> Subject:
@@ -486,20 +488,19 @@ def train(
     source: Source,
     weights: Path,
     plan: Plan,
-    state: Path,
-    resume: bool = False,
     save_every: int = SAVE_EVERY,
     console: Console | None = None,
 ) -> None:
     """Train by AdamW, and write the weights and their description.
 
-    Every `save_every` steps, all that the next step depends on is saved in the folder `state`; with `resume`, the run
-    goes on from there. The folder goes when the run has ended. Raises ConfigError where its plan is another.
+    Every `save_every` steps, all that the next one depends on is saved beside the weights, and a run that was cut short
+    goes on from there. Raises ConfigError where the plan of that run was another.
     """
     import keras  # type: ignore[import-untyped]
     import tensorflow as tf  # type: ignore[import-untyped]
 
     from serving.protocol import SIZES, Description, build, describe, fine_tunable, write_description
+    from serving.unfinished import UnfinishedRun
 
     console = console or Console(stderr=True)
     with suppress(RuntimeError):  # TensorFlow was already at work in this process
@@ -523,33 +524,26 @@ def train(
         weighted_metrics={name: [keras.metrics.CategoricalAccuracy(name="accuracy")] for name in plan.heads},
         jit_compile=False,  # XLA is slower than oneDNN on a CPU
     )
-    done = _begin(plan, state, resume)
-    if done:
-        model.optimizer.build(model.trainable_variables)
-        model.load_weights(state / f"{done}.weights.h5")
-        console.print(f"going on after step {done} of {plan.steps}")
-    dropouts = [layer for layer in model.layers if isinstance(layer, keras.layers.Dropout)]
+    model.optimizer.build(model.trainable_variables)
+    recipe: Mapping[str, object] = json.loads(msgspec.json.encode(plan))
+    run = UnfinishedRun(weights, recipe, [*model.variables, *model.optimizer.variables])
+    if run.resume():
+        console.print(f"going on after step {run.done} of {plan.steps}")
     with progress_bar() as bar:
-        task = bar.add_task("training", total=plan.steps, completed=done)
-        while done < plan.steps:
-            count = min(save_every, plan.steps - done)
-            for layer in dropouts:  # its random numbers are no part of the saved state
-                layer.seed_generator.state.assign([plan.seed, done])
-            told = model.fit(_batches(source, done, count), epochs=1, shuffle=False, verbose=0).history
-            done += count
-            model.save_weights(state / "part.weights.h5")
-            (state / "part.weights.h5").replace(state / f"{done}.weights.h5")
-            for former in _saved(state)[:-1]:
-                (state / f"{former}.weights.h5").unlink()
+        task = bar.add_task("training", total=plan.steps, completed=run.done)
+        while run.done < plan.steps:
+            count = min(save_every, plan.steps - run.done)
+            told = model.fit(_batches(source, run.done, count), epochs=1, shuffle=False, verbose=0).history
+            run.save(run.done + count, told["loss"][-1])
             accuracy = ", ".join(f"{name} {told[_metric(told, name)][-1]:.2f}" for name in plan.heads)
-            bar.console.print(f"step {done}: loss {told['loss'][-1]:.3f}, accuracy: {accuracy}")
-            bar.update(task, completed=done)
+            bar.console.print(f"step {run.done}: loss {told['loss'][-1]:.3f}, accuracy: {accuracy}")
+            bar.update(task, completed=run.done)
     bare = build(plan.heads, sizes)  # without the optimizer's variables
     bare.set_weights(model.get_weights())
     weights.parent.mkdir(parents=True, exist_ok=True)
     bare.save_weights(weights)
     write_description(weights, Description(dict(plan.heads), sizes))
-    shutil.rmtree(state)
+    run.finish()
 
 
 def _rate(cycles: Sequence[tuple[int, float]]) -> Any:
@@ -576,27 +570,6 @@ def _rate(cycles: Sequence[tuple[int, float]]) -> Any:
 def _metric(told: Mapping[str, Any], name: str) -> str:
     """Keras leaves the name of an only output out."""
     return f"{name}_accuracy" if f"{name}_accuracy" in told else "accuracy"
-
-
-def _begin(plan: Plan, state: Path, resume: bool) -> int:
-    """Steps done before: those of the saved state with `resume`, else none, and what was saved is cleared away."""
-    run = state / "plan.json"
-    if resume and run.exists() and (saved := _saved(state)):
-        former, wanted = json.loads(run.read_text(encoding="utf-8")), json.loads(msgspec.json.encode(plan))
-        if differ := [key for key in wanted if former.get(key) != wanted[key]]:
-            raise ConfigError(
-                f"the run in {state} was another: {', '.join(differ)} differ; give the same options, or leave --resume"
-                " out to begin anew"
-            )
-        return saved[-1]
-    shutil.rmtree(state, ignore_errors=True)
-    state.mkdir(parents=True)
-    run.write_bytes(msgspec.json.encode(plan))
-    return 0
-
-
-def _saved(state: Path) -> list[int]:
-    return sorted(int(name) for p in state.glob("*.weights.h5") if (name := p.name.split(".")[0]).isdecimal())
 
 
 def _batches(source: Source, first: int, steps: int) -> Any:
@@ -702,6 +675,8 @@ def _simulated(i: int, first: int = EVALUATION_SEED) -> tuple[Volume, Mapping[st
     labels = dict(series.labels)
     if region != "head":
         labels.pop("contrast")
+    if region in PLANELESS:
+        labels.pop("orientation")
     return series.volume, labels
 
 
@@ -862,7 +837,7 @@ def main(argv: Sequence[str]) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serving.train protocol", description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the real data sets")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for prepared series and unfinished runs")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for prepared series")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="weights to write, to calibrate or to evaluate")
     parser.add_argument("--heads", type=Path, help="TOML of heads and classes (default: those of triage)")
     parser.add_argument(
@@ -872,7 +847,6 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "--site-share", type=float, default=1.0, help="of samples from --labels; others are the built-in"
     )
     parser.add_argument("--start", type=Path, help="weights to fine-tune; heads with other classes begin anew")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was cut short")
     parser.add_argument("--steps", type=int, help=f"of one cycle (default: {len(CYCLES)} cycles, {STEPS} steps)")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of --steps")
     parser.add_argument("--channels", type=int, nargs="+", help="of each stage (default: those of the shipped model)")
@@ -929,7 +903,7 @@ def _main(options: argparse.Namespace) -> int:
             start=str(options.start or ""),
             series=_described(options, site),
         )
-        train(Source(pools, heads, shares, options.seed), options.weights, plan, options.cache / "run", options.resume)
+        train(Source(pools, heads, shares, options.seed), options.weights, plan)
     if options.calibrate:
         calibrate(scorer(options.weights), options.weights, options.data, site, options.simulate, console)
         return 0

@@ -323,7 +323,7 @@ def test_fine_tuning_keeps_the_trunk_and_the_heads_whose_classes_are_the_same(tm
     told = StringIO()
     plan = Plan(heads=wanted, cycles=((1, 1e-3),), start=str(start))
     source = Source(SOURCE.pools, wanted, batch=2)
-    train(source, tmp_path / "own.weights.h5", plan, tmp_path / "run", console=Console(file=told, width=500))
+    train(source, tmp_path / "own.weights.h5", plan, console=Console(file=told, width=500))
     assert "trunk, contrast, orientation, kernel; begun anew: region, side" in told.getvalue()
     assert protocol.describe(tmp_path / "own.weights.h5").heads == wanted
 
@@ -344,12 +344,12 @@ def batch(step):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(step)
 SOURCE.batch = batch
-train(SOURCE, Path(sys.argv[3]) / "own.weights.h5", PLAN, Path(sys.argv[3]) / "run", save_every=2)
+train(SOURCE, Path(sys.argv[3]) / "own.weights.h5", PLAN, save_every=2)
 """
 
 
-def _trained(folder: Path, resume: bool = False, plan: Plan = PLAN) -> list[np.ndarray]:
-    train(SOURCE, folder / "own.weights.h5", plan, folder / "run", resume=resume, save_every=2)
+def _trained(folder: Path, plan: Plan = PLAN) -> list[np.ndarray]:
+    train(SOURCE, folder / "own.weights.h5", plan, save_every=2)
     return list(protocol.load(folder / "own.weights.h5").get_weights())
 
 
@@ -359,13 +359,13 @@ def test_a_run_that_was_killed_and_taken_up_again_ends_with_the_weights_of_one_t
     command = [sys.executable, "-c", KILLED, str(here.parent), str(here), str(tmp_path)]
     died = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
-    saved = {path.name for path in (tmp_path / "run").glob("*.weights.h5")}
-    assert saved == {"4.weights.h5"}
+    with np.load(tmp_path / "own.state.npz") as saved:
+        assert saved["done"] == 4
     assert not (tmp_path / "own.weights.h5").exists()
 
-    with pytest.raises(ConfigError, match="was another: seed differ"):
-        _trained(tmp_path, resume=True, plan=Plan(PLAN.heads, PLAN.channels, PLAN.cycles, seed=6))
-    resumed = _trained(tmp_path, resume=True)
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"a run with another seed; .*remove the file"):
+        _trained(tmp_path, plan=Plan(PLAN.heads, PLAN.channels, PLAN.cycles, seed=6))
+    resumed = _trained(tmp_path)
+    assert not (tmp_path / "own.state.npz").exists()
     whole = _trained(tmp_path / "whole")
     assert all(np.array_equal(a, b) for a, b in zip(resumed, whole, strict=True))

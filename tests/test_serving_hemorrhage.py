@@ -8,13 +8,16 @@ from herald.signatures import FINDINGS
 from herald.volume import Volume
 from serving import hemorrhage
 from serving.crops import (
+    ALL_SETS,
     FOLDS,
     HELD_OUT_FROM,
     OUTPUT_SLICES,
+    Pixels,
     Prepared,
     Sampler,
     augment,
     fold_of,
+    load_patients,
     prepare,
     split,
     truth_of,
@@ -23,7 +26,8 @@ from serving.evaluation import auc, bootstrap_interval, operating_point, platt, 
 from serving.hemorrhage import Sizes, build
 from serving.readers import UNKNOWN, LabelledVolume
 from serving.score_hemorrhage import MASK_OFFSETS, evaluate
-from serving.train_hemorrhage import Run, loss, main, train
+from serving.train_hemorrhage import loss, main, train
+from serving.unfinished import UnfinishedRun
 from serving.whole_volume import forward
 
 # keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
@@ -138,7 +142,8 @@ def patient(name: str, kind: int | None, source: str = "ct-ich", slices: int = 1
         slice_truth[4:8, [0, kind]] = 1
     depth = np.zeros_like(positive)
     depth[:, 60:200, 60:200] = 20
-    return Prepared(source, name, volume, positive, np.zeros_like(positive), slice_truth, depth, child=False)
+    pixels = Pixels(volume, positive, np.zeros_like(positive), depth)
+    return Prepared(source, name, slice_truth, False, lambda: pixels)
 
 
 def test_crops_come_from_every_kind_and_from_patients_without_blood():
@@ -195,9 +200,9 @@ def test_thin_slices_are_averaged_with_their_truth_as_the_node_does():
     slice_truth[8:12, 0], slice_truth[12:, 0] = 1, UNKNOWN
     volume = Volume(hounsfield, np.arange(20) * 1.25, (0.9, 0.9))
     prepared = prepare(LabelledVolume("site", "x", volume, truth, slice_truth))
-    assert prepared.volume.shape == (5, 256, 256)
+    assert prepared.pixels.volume.shape == (5, 256, 256)
     assert prepared.slice_truth[:, 0].tolist() == [0, 0, 1, UNKNOWN, UNKNOWN]
-    assert [bool(plane.any()) for plane in prepared.positive] == [False, False, True, False, False]
+    assert [bool(plane.any()) for plane in prepared.pixels.positive] == [False, False, True, False, False]
 
 
 def test_masks_follow_the_geometry_of_augmentation():
@@ -271,6 +276,24 @@ def test_what_pretraining_has_seen_is_never_measured():
     assert all({p.patient for p in split(others, fold)[0]}.isdisjoint(kept) for fold in range(FOLDS))
 
 
+def test_patients_are_prepared_once_and_their_pixels_read_only_when_asked_for(tmp_path, monkeypatch):
+    hounsfield = np.full((8, 64, 64), 30, dtype=np.int16)
+    truth = np.zeros((8, 64, 64, len(FINDINGS)), dtype=np.uint8)
+    truth[3, 20:40, 20:40, 0] = 1
+    labelled = LabelledVolume("site", "x", Volume(hounsfield, np.arange(8) * 5.0, (0.9, 0.9)), truth, truth.max((1, 2)))
+    asked = []
+    monkeypatch.setitem(ALL_SETS, "site", ("set", lambda folder: ["x"], lambda *who: asked.append(who) or labelled))
+    load_patients(tmp_path, tmp_path / "prepared", "site")
+    (stored,) = load_patients(tmp_path, tmp_path / "prepared", "site")
+    assert asked == [(tmp_path / "set", "x")]
+    assert (stored.source, stored.patient, stored.child) == ("site", "x", False)
+    np.testing.assert_array_equal(stored.slice_truth, truth.max((1, 2)))
+    for name, array in vars(prepare(labelled).pixels).items():
+        np.testing.assert_array_equal(getattr(stored.pixels, name), array)
+    (tmp_path / "prepared" / "site_x.npz").unlink()
+    assert stored.pixels.volume.any()  # read lately, so kept
+
+
 def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
     monkeypatch.setattr("serving.train_hemorrhage.SAVE_EVERY", 1)
@@ -283,15 +306,15 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypa
     class Killed(BaseException):
         pass
 
-    save = Run.save
+    save = UnfinishedRun.save
 
-    def killed(self, done, smooth):
-        save(self, done, smooth)
+    def killed(self, done, loss):
+        save(self, done, loss)
         if done == 1:
             raise Killed
 
     with monkeypatch.context() as dying:
-        dying.setattr(Run, "save", killed)
+        dying.setattr(UnfinishedRun, "save", killed)
         with pytest.raises(Killed):
             train(patients, tmp_path / "cut.weights.h5", steps=3, seed=1, label="cut", start=start)
     assert (tmp_path / "cut.state.npz").exists()
@@ -311,12 +334,15 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypa
     assert np.abs(cut - whole).mean() < 0.2 * moved  # threads add up in any order
 
 
-def test_a_state_of_another_recipe_is_neither_gone_on_with_nor_lost(tmp_path, monkeypatch):
+def test_a_state_of_another_recipe_is_neither_gone_on_with_nor_lost(tmp_path):
     variables = [keras.Variable(np.zeros(2))]
-    Run(tmp_path / "a.weights.h5", ("one",), variables).save(5, 0.5)
-    same, other = (Run(tmp_path / "a.weights.h5", (recipe,), variables) for recipe in ("one", "two"))
-    assert (same.resume(), same.done) == (0.5, 5)
-    with pytest.raises(ConfigError, match="remove it to begin anew"):
+    weights = tmp_path / "a.weights.h5"
+    UnfinishedRun(weights, {"seed": 1, "rate": 2}, variables).save(5, 0.5)
+    variables[0].assign([7.0, 7.0])
+    same, other = (UnfinishedRun(weights, {"seed": seed, "rate": 2}, variables) for seed in (1, 3))
+    assert (same.resume(), same.done, same.loss) == (True, 5, 0.5)
+    assert not variables[0].numpy().any()
+    with pytest.raises(ConfigError, match="another seed; give the same again, or remove the file"):
         other.resume()
     assert (tmp_path / "a.state.npz").exists()
 

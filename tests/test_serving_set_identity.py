@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from herald.signatures import FINDINGS
-from serving.crops import Prepared
+from serving.crops import Pixels, Prepared
 from serving.hemorrhage import Sizes, build
 from serving.set_identity import clean_slices, compare, statistics, told_apart
 
@@ -20,7 +20,8 @@ def patient(source: str, number: int, noise: float) -> Prepared:
     nothing = np.zeros(volume.shape, dtype=np.uint8)
     truth = np.zeros((12, len(FINDINGS)), dtype=np.uint8)
     truth[5, 0] = 1
-    return Prepared(source, f"{number:03d}", volume, nothing, nothing, truth, nothing, child=False)
+    pixels = Pixels(volume, nothing, nothing, nothing)
+    return Prepared(source, f"{number:03d}", truth, False, lambda: pixels)
 
 
 def test_sets_that_look_different_are_told_apart(monkeypatch):
