@@ -1,11 +1,25 @@
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import select
+import requests
+from notifier_fakes import Mailbox, free_port, smtp_server
+from sqlalchemy import func, insert, select
 from webui_site import open_site, triaged
 
 from herald import links
-from herald.ledger import audit, results, reviews
+from herald.bus import open_bus
+from herald.config import LedgerConfig, PagingStep
+from herald.events import utc_now
+from herald.ledger import audit, open_ledger, pages, results, reviews
+from notifier.paging import Paging
+from notifier.service import serve as notify
+from webui import record, words
+from webui.service import serve
 
 
 @pytest.fixture
@@ -86,3 +100,264 @@ def test_a_link_to_an_older_revision_says_so(site):
     event = site.add(1)
     site.add(1, "negative", revision=2)
     assert "a newer revision supersedes" in site.client().get(link(site, event)).text
+
+
+# --- the link of a page in the ledger, and two readers at once -------------------------------------------------------
+
+
+def test_the_short_link_of_a_page_in_the_ledger_acknowledges_too(site):
+    event = site.add(1)
+    path = paged(site, event)
+    assert len(path) < 40
+    assert "93 %" in site.client().get(path).text
+    assert "Nobody else will be paged" in site.client().post(path, follow_redirects=True).text
+    assert readers(site) == ["pager link"]
+
+
+def test_who_acknowledges_without_log_in_may_say_who_it_is(site):
+    event = site.add(1)
+    page = site.client().get(link(site, event)).text
+    assert 'autocomplete="name"' in page
+    site.client().post(link(site, event), data={"name": " Kim\r\nReader" + 60 * "x"})
+    assert readers(site) == ["pager link (Kim Reader" + 30 * "x" + ")"]
+    assert "Kim Reader" in site.client().get(link(site, event)).text
+    assert 'autocomplete="name"' not in site.client("rita").get(link(site, site.add(2))).text
+
+
+def test_who_is_second_is_told_who_was_first_and_when_and_is_recorded(site):
+    event = site.add(1)
+    first, second = site.client(), site.client()
+    assert "Acknowledge</button>" in second.get(link(site, event)).text
+    first.post(link(site, event), data={"name": "Anna"})
+    at = acknowledged(site, event)[1]
+    told = second.post(link(site, event), data={"name": "Ben"}, follow_redirects=True).text
+    assert f"pager link (Anna) was first, at {words.clock(at)}" in told
+    assert re.search(rf"Acknowledged by pager link \(Anna\), \d+ s ago \({words.clock(at)}\)\.", marks(told))
+    assert acknowledged(site, event) == ("pager link (Anna)", at)
+    assert readers(site) == ["pager link (Anna)", "pager link (Ben)"]
+
+
+def test_who_is_second_on_the_series_page_is_told_who_was_first(site):
+    event = site.add(1)
+    site.client().post(link(site, event), data={"name": "Anna"})
+    review = f"/series/{event.series_instance_uid}/1/review"
+    told = site.client("rita").post(review, data={"verdict": "acknowledge"}, follow_redirects=True).text
+    assert "pager link (Anna) was first, at " in told
+
+
+def test_of_many_readers_at_once_exactly_one_is_first_and_all_are_told_the_same(ledger_url):
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    try:
+        events = [triaged(1), replace(triaged(1), series_instance_uid=f"{triaged(1).series_instance_uid}.2")]
+        for event in events:
+            record.upsert_result(ledger, event)
+        gate = threading.Barrier(8)
+
+        def acknowledge(number: int) -> record.Acknowledgement:
+            gate.wait(30)
+            # half of them come by the other series of the study
+            return record.add_review(
+                ledger, events[number % 2], "acknowledge", f"reader {number}", prediction_shown=True
+            )
+
+        with ThreadPoolExecutor(8) as threads:
+            told = list(threads.map(acknowledge, range(8)))
+        (winner,) = [i for i, given in enumerate(told) if given.first]
+        assert {(given.reader, given.at) for given in told} == {(f"reader {winner}", told[winner].at)}
+        with ledger.read() as connection:
+            assert connection.execute(select(func.count()).select_from(reviews)).scalar_one() == 8
+            held = connection.execute(select(results.c.acknowledged_by).distinct()).scalars().all()
+            assert held == [f"reader {winner}"]
+    finally:
+        ledger.close()
+
+
+def test_of_two_phones_at_once_one_is_told_that_it_was_first(tmp_path):
+    with open_site(tmp_path) as site, running(site) as url:
+        for number in range(1, 6):
+            path = link(site, site.add(number))
+            gate = threading.Barrier(2)
+
+            def tap(name: str, path: str = path, gate: threading.Barrier = gate) -> str:
+                with requests.Session() as phone:
+                    phone.get(url + path, timeout=30)
+                    gate.wait(30)
+                    return phone.post(url + path, data={"name": name}, timeout=30).text
+
+            with ThreadPoolExecutor(2) as threads:
+                told = dict(zip(("Anna", "Ben"), threads.map(tap, ("Anna", "Ben")), strict=True))
+            (first,) = [name for name, text in told.items() if "Nobody else will be paged" in text]
+            (second,) = set(told) - {first}
+            assert f"pager link ({first}) was first, at " in told[second]
+
+
+def test_a_phone_that_refuses_cookies_can_acknowledge(tmp_path):
+    with open_site(tmp_path, csrf=True) as site:
+        event = site.add(1)
+        phone = site.app.test_client(use_cookies=False)
+        assert phone.get(link(site, event)).status_code == 200
+        answer = phone.post(link(site, event))
+        assert answer.status_code == 303
+        assert "Acknowledged by pager link" in phone.get(answer.location).text
+
+
+def test_the_page_says_what_else_there_is_in_the_study(site):
+    event = site.add(1)
+    other = replace(triaged(1, "negative"), series_instance_uid=f"{event.series_instance_uid}.2")
+    assert site.put(other).status_code == 201
+    assert site.put(replace(triaged(1), revision=2)).status_code == 201
+    page = marks(site.client().get(link(site, event)).text)
+    assert "Another series of this study is negative (2 %)." in page
+    assert "a newer revision supersedes what this page was about, and it is positive (93 %)." in page
+    newer = marks(site.client().get(link(site, replace(event, revision=2))).text)
+    assert "supersedes" not in newer
+
+
+def test_acknowledging_an_older_revision_leaves_the_newer_one_on_the_worklist(site):
+    event = site.add(1)
+    assert site.put(replace(triaged(1), revision=2)).status_code == 201
+    site.client().post(link(site, event))
+    assert acknowledged(site, event)[0] == "pager link"
+    assert acknowledged(site, replace(event, revision=2)) == (None, None)
+
+
+def test_a_short_accession_number_is_not_shown_whole(site):
+    event = site.add(1, accession_number="A1234")
+    page = site.client().get(link(site, event)).text
+    assert "…34" in page
+    assert "…1234" not in page
+
+
+def test_a_refused_link_says_that_nothing_was_acknowledged_and_what_to_do(site):
+    page = marks(site.client().post(link(site, site.add(1))[:-2]).text)
+    assert "Nothing was acknowledged with it. While nobody acknowledges, the next in line is paged." in page
+    assert "Log in and open the worklist" in page
+
+
+# --- the way of an acknowledgement to the page -----------------------------------------------------------------------
+
+
+def test_a_tap_on_the_link_ends_the_paging_of_the_study_at_once(tmp_path, monkeypatch):
+    """The real web UI, SQLite bus and notifier: nothing but the event of the review wakes the notifier."""
+    mailbox, port, smtp_port = Mailbox(), free_port(), free_port()
+    handled = threading.Event()
+    on_reviewed = Paging.on_reviewed
+
+    def watched(paging, event):
+        on_reviewed(paging, event)
+        handled.set()
+
+    monkeypatch.setattr(Paging, "on_reviewed", watched)
+    with open_site(tmp_path) as site:
+        url = f"http://127.0.0.1:{port}"
+        steps = (PagingStep(to="first@hospital.example"), PagingStep(to="second@hospital.example", after_minutes=60))
+        site.config = replace(
+            site.config,
+            notifier=replace(site.config.notifier, webui_url=url, smtp_port=smtp_port, steps=steps),
+            webui=replace(site.config.webui, port=port, public_url=url),
+        )
+        event = site.add(1)
+        with (
+            smtp_server(mailbox, smtp_port),
+            running(site),
+            serving(site.config, notify),
+        ):
+            bus = open_bus(site.config.bus)
+            bus.publish(replace(event, occurred_at=utc_now()))
+            bus.close()
+            assert mailbox.arrived.wait(60)
+            (address,) = re.findall(r"https?://\S+/page/\S+", mailbox.emails[0].get_body(("plain",)).get_content())
+            with requests.Session() as phone:
+                phone.get(address, timeout=30)
+                started = time.perf_counter()
+                assert "Nobody else will be paged" in phone.post(address, timeout=30).text
+                assert handled.wait(60)
+            took_s = time.perf_counter() - started
+            (state, by, at) = page_of(site, event)
+            assert (state, by) == ("acknowledged", "pager link")
+            assert at == acknowledged(site, event)[1]
+            print(f"{took_s:.3f} s from the tap until the page was acknowledged")  # `pytest -s` shows it
+    assert len(mailbox.emails) == 1
+
+
+# --- what these tests share ------------------------------------------------------------------------------------------
+
+
+def marks(page: str) -> str:
+    """The text of a page, without its tags."""
+    return " ".join(re.sub(r"<[^>]+>", "", page).split())
+
+
+def readers(site) -> list[str]:
+    with site.ledger.read() as connection:
+        return list(connection.execute(select(reviews.c.reader).order_by(reviews.c.occurred_at)).scalars())
+
+
+def acknowledged(site, event) -> tuple:
+    statement = select(results.c.acknowledged_by, results.c.acknowledged_at).where(
+        results.c.series_instance_uid == event.series_instance_uid, results.c.revision == event.revision
+    )
+    with site.ledger.read() as connection:
+        return tuple(connection.execute(statement).one())
+
+
+def page_of(site, event) -> tuple:
+    statement = select(pages.c.state, pages.c.acknowledged_by, pages.c.acknowledged_at).where(
+        pages.c.study_instance_uid == event.study_instance_uid
+    )
+    with site.ledger.read() as connection:
+        return tuple(connection.execute(statement).one())
+
+
+def paged(site, event) -> str:
+    """A page of the event in the ledger; the path of its link."""
+    page_id = "0a1b2c3d-4e5f-5071-8293-a4b5c6d7e8f9"
+    with site.ledger.begin() as connection:
+        connection.execute(
+            insert(pages).values(
+                page_id=page_id,
+                study_instance_uid=event.study_instance_uid,
+                series_instance_uid=event.series_instance_uid,
+                revision=event.revision,
+                step=0,
+                state="sent",
+                mode="live",
+                channel="smtp",
+                recipient="reader@hospital.example",
+                subject="",
+                body="",
+                finding_at=utc_now(),
+                due_at=utc_now(),
+                attempts=1,
+            )
+        )
+    return "/page/" + links.page_link(site.config.webui, page_id).rpartition("/page/")[2]
+
+
+@contextmanager
+def serving(config, service):
+    stop = threading.Event()
+    thread = threading.Thread(target=service, args=(config, stop))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def running(site):
+    """The web UI of the site, in front of its own ledger; gives its address."""
+    if not site.config.webui.public_url:
+        site.config = replace(site.config, webui=replace(site.config.webui, port=free_port()))
+    url, pause = f"http://127.0.0.1:{site.config.webui.port}", threading.Event()
+    with serving(site.config, serve):
+        for _ in range(400):
+            try:
+                if requests.get(f"{url}/health", timeout=30).ok:
+                    break
+            except requests.ConnectionError:
+                pause.wait(0.05)
+        yield url

@@ -11,7 +11,7 @@ from herald.errors import EventDecodeError, HeraldError
 from herald.events import SeriesTriaged, event_from_json
 from webui import record
 from webui.context import context
-from webui.session import public
+from webui.session import address, public
 
 blueprint = Blueprint("api", __name__)
 
@@ -39,6 +39,27 @@ def put_result(series_instance_uid: str, revision: int) -> ResponseReturnValue:
         return _error(400, problem)
     created = record.upsert_result(context().ledger, event)
     return jsonify(series_instance_uid=series_instance_uid, revision=revision, created=created), 201 if created else 200
+
+
+@blueprint.post("/api/acknowledgements/<series_instance_uid>/<int:revision>")
+@public
+def acknowledge(series_instance_uid: str, revision: int) -> ResponseReturnValue:
+    """The notifier passes on that a page was answered: 200 with who was first, 404 while the result is not here."""
+    if not _authorized():
+        return _error(401, "the bearer token is missing or wrong; notifier and web UI must share webui.token")
+    body = request.get_json(silent=True)
+    reader = body.get("reader") if isinstance(body, dict) else None
+    if not isinstance(reader, str) or not reader.strip():
+        return _error(400, 'expected {"reader": "who answered"}')
+    parts = context()
+    result = record.find_result(parts.ledger, series_instance_uid, revision)
+    if result is None:
+        return _error(404, f"series {series_instance_uid} revision {revision} has no result here yet; try again later")
+    given = record.add_review(parts.ledger, result.event, "acknowledge", reader, prediction_shown=True)
+    parts.publisher.wake()
+    study = result.event.study_instance_uid
+    record.add_audit(parts.ledger, reader, address(), "acknowledge-reply", study, series_instance_uid)
+    return jsonify(reader=given.reader, at=given.at.isoformat(), first=given.first)
 
 
 @blueprint.get("/health")

@@ -82,7 +82,9 @@ def create_app(config: Config, ledger: Ledger, store: StudyStore, bus: Bus) -> F
         WTF_CSRF_TIME_LIMIT=None,  # as long as the session: pages stay open for hours in a reading room
     )
     app.extensions[EXTENSION] = Context(config, ledger, store, Pictures(store), ReviewPublisher(ledger, bus))
-    CSRFProtect(app).exempt(api.blueprint)
+    protect = CSRFProtect(app)
+    protect.exempt(api.blueprint)
+    protect.exempt(page.acknowledge)  # nobody can forge it: its address holds the signed token, cookies or not
     session.init_app(app)
     for part in (api, worklist, series, page):
         app.register_blueprint(part.blueprint)

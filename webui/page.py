@@ -1,11 +1,12 @@
 """The link of a pager page: the finding without images, and an acknowledgement without log-in."""
 
-from flask import Blueprint, flash, redirect, render_template, url_for
+from flask import Blueprint, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_login import current_user  # type: ignore[import-untyped]
 
-from herald.links import ReviewLink, verify_link
-from webui import record
+from herald.errors import LinkError
+from herald.links import ReviewLink, follow_link
+from webui import record, words
 from webui.context import context
 from webui.session import address, public, user
 
@@ -13,41 +14,74 @@ blueprint = Blueprint("page", __name__, url_prefix="/page")
 
 ANYBODY = "pager link"
 """Reader of an acknowledgement by whoever holds the link."""
+LONGEST_NAME = 40
 
 
 @blueprint.get("/<token>")
 @public
 def show(token: str) -> ResponseReturnValue:
-    """I open the link of my page and see what was found."""
+    """I open the link of my page and see what was found, and who acknowledged it."""
     parts = context()
-    link = verify_link(parts.config.webui, token)
+    link = _follow(token)
     result = record.find_result(parts.ledger, link.series_instance_uid, link.revision)
     record.add_audit(parts.ledger, _who(), address(), "view-page", link.study_instance_uid, link.series_instance_uid)
     if result is None:
         return render_template("page/waiting.html"), 404
+    study = record.find_analysed(parts.ledger, link.study_instance_uid)
     return render_template(
         "page/show.html",
         token=token,
         result=result,
         event=result.event,
+        asks_name=_who() == ANYBODY,
+        longest_name=LONGEST_NAME,
         newest=record.newest_revision(parts.ledger, link.series_instance_uid),
+        newer=next((r for r in study if _same_series(r, link) and r.event.revision > link.revision), None),
+        others=[r for r in study if not _same_series(r, link)],
     )
 
 
 @blueprint.post("/<token>")
 @public
 def acknowledge(token: str) -> ResponseReturnValue:
-    """I say that I have seen the page, so that nobody else is paged."""
+    """I say that I have seen the page, so that nobody else is paged; or I am told who was faster."""
     parts = context()
-    link: ReviewLink = verify_link(parts.config.webui, token)
+    link = _follow(token)
     result = record.find_result(parts.ledger, link.series_instance_uid, link.revision)
     if result is None:
         return render_template("page/waiting.html"), 404
-    record.add_review(parts.ledger, result.event, "acknowledge", _who(), prediction_shown=True)
+    who = _who()
+    given = record.add_review(parts.ledger, result.event, "acknowledge", who, prediction_shown=True)
     parts.publisher.wake()
-    flash("Acknowledged. Nobody else will be paged for this study.")
+    study = link.study_instance_uid
+    record.add_audit(parts.ledger, who, address(), "acknowledge-page", study, link.series_instance_uid)
+    if given.first:
+        flash("Acknowledged. Nobody else will be paged for this study.")
+    else:
+        flash(f"{given.reader} was first, at {words.clock(given.at)}. That you have seen it is recorded too.")
     return redirect(url_for(".show", token=token), 303)
 
 
+@blueprint.errorhandler(LinkError)
+def refused(error: LinkError) -> ResponseReturnValue:
+    """I am told why my link does nothing, and what to do instead."""
+    return render_template("page/refused.html", reason=str(error)), 403
+
+
+def _follow(token: str) -> ReviewLink:
+    parts = context()
+    with parts.ledger.read() as connection:
+        return follow_link(parts.config.webui, connection, token)
+
+
+def _same_series(result: record.Result, link: ReviewLink) -> bool:
+    return result.event.series_instance_uid == link.series_instance_uid
+
+
 def _who() -> str:
-    return user().name if current_user.is_authenticated and user().role != "researcher" else ANYBODY
+    """The reader who is logged in, else whoever holds the link, with the name that was given with it."""
+    if current_user.is_authenticated and user().role != "researcher":
+        return user().name
+    given = "".join(c if c.isprintable() else " " for c in request.form.get("name", ""))
+    name = " ".join(given.split())[:LONGEST_NAME]
+    return f"{ANYBODY} ({name})" if name else ANYBODY

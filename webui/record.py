@@ -52,6 +52,15 @@ class Review:
 
 
 @dataclass(frozen=True)
+class Acknowledgement:
+    """Who acknowledged a result, and when; `first` is False where somebody else was faster than who asks."""
+
+    reader: str
+    at: datetime
+    first: bool
+
+
+@dataclass(frozen=True)
 class WorklistRow:
     """One line of the worklist; `hidden` means that this reader must judge before the prediction is shown."""
 
@@ -149,6 +158,21 @@ def newest_revision(ledger: Ledger, series_instance_uid: str) -> int | None:
     with ledger.read() as connection:
         newest: int | None = connection.execute(statement).scalar()
     return newest
+
+
+def find_analysed(ledger: Ledger, study_instance_uid: str) -> list[Result]:
+    """The newest result of every series of a study that was searched for haemorrhage, positives first."""
+    statement = (
+        select(results)
+        .where(
+            results.c.study_instance_uid == study_instance_uid,
+            results.c.disposition.in_(ANALYSED),
+            _NEWEST,
+        )
+        .order_by(results.c.disposition.desc(), results.c.triaged_at)
+    )
+    with ledger.read() as connection:
+        return [_result(row) for row in connection.execute(statement).mappings()]
 
 
 def _result(row: RowMapping) -> Result:
@@ -269,39 +293,45 @@ def add_review(
     prediction_shown: bool,
     finding_kind: str | None = None,
     note: str | None = None,
-) -> str:
-    """Record an acknowledgement or verdict and acknowledge the study's results; gives the review's id.
+) -> Acknowledgement:
+    """Record an acknowledgement or verdict, and acknowledge the study's results that nobody has acknowledged yet.
 
-    A later revision of the same series stays unacknowledged: this reader has not seen it.
+    Of several readers at once one is first, and everybody is told the same one. Every review is kept, so that a reader
+    who was second can still stop a page. A later revision of the same series stays unacknowledged: this reader has not
+    seen it.
     """
     now = utc_now()
-    review_id = str(uuid4())
+    own = and_(results.c.series_instance_uid == event.series_instance_uid, results.c.revision == event.revision)
     later = and_(results.c.series_instance_uid == event.series_instance_uid, results.c.revision > event.revision)
     with ledger.begin() as connection:
+        # the insert comes first: on SQLite it takes the write lock, before anything has been read
         connection.execute(
             insert(reviews).values(
-                review_id=review_id,
+                review_id=str(uuid4()),
                 study_instance_uid=event.study_instance_uid,
                 series_instance_uid=event.series_instance_uid,
                 revision=event.revision,
                 action=action,
                 finding_kind=finding_kind,
                 note=note,
-                reader=reader,
+                reader=reader[:64],
                 prediction_shown=prediction_shown,
                 occurred_at=now,
             )
         )
-        connection.execute(
+        # the condition decides who is first: PostgreSQL asks it again after waiting for whoever was faster
+        taken = connection.execute(
             update(results)
             .where(
-                results.c.study_instance_uid == event.study_instance_uid,
-                results.c.acknowledged_at.is_(None),
-                ~later,
+                results.c.study_instance_uid == event.study_instance_uid, results.c.acknowledged_at.is_(None), ~later
             )
-            .values(acknowledged_at=now, acknowledged_by=reader)
-        )
-    return review_id
+            .values(acknowledged_at=now, acknowledged_by=reader[:64])
+            .returning(results.c.series_instance_uid, results.c.revision)
+        ).all()
+        held = connection.execute(select(results.c.acknowledged_by, results.c.acknowledged_at).where(own)).one()
+    return Acknowledgement(
+        held[0], held[1], (event.series_instance_uid, event.revision) in [tuple(row) for row in taken]
+    )
 
 
 def find_reviews(ledger: Ledger, series_instance_uid: str, revision: int) -> list[Review]:

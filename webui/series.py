@@ -140,7 +140,7 @@ def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
         kind = kind or "any"
     elif verdict == "no_haemorrhage":
         kind = None
-    record.add_review(
+    given = record.add_review(
         parts.ledger, event, action, user().name, prediction_shown=not blind, finding_kind=kind, note=note
     )
     parts.publisher.wake()
@@ -148,6 +148,8 @@ def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
         f"Recorded: {words.ACTIONS[action]}." if not blind or action == "acknowledge" else "Your verdict is recorded."
     )
     shown = " The prediction is shown now." if blind and action != "acknowledge" else ""
+    if action == "acknowledge" and not given.first and given.reader != user().name:
+        said += f" {given.reader} was first, at {words.clock(given.at)}."
     flash(said + shown)
     return redirect(url_for(".show", series_instance_uid=series_instance_uid, revision=revision), 303)
 
