@@ -13,7 +13,8 @@ from webui_site import HOTTEST, SLICES, open_site, prediction, triaged
 
 from herald.events import utc_now
 from herald.ledger import audit, pages, results, reviews
-from webui.picture import MASK_COLOUR, MIDDLE_SLICES, Pictures, render
+from herald.picture import MASK_COLOUR
+from webui.picture import MIDDLE_SLICES, Pictures, render
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Pictures of a series: a stack of slices from the prediction or from the files, and one slice as PNG."""
 
-import io
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -8,29 +7,20 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
-from scipy import ndimage
 
 from herald.errors import DicomError
 from herald.events import SeriesTriaged
+from herald.picture import as_png, draw_slice
 from herald.store import Prediction, StudyStore
-from herald.volume import WINDOWS, Window, read_datasets, volume_from_datasets
-
-LONGER_SIDE = 512
-"""Pixels of the longer side of a picture."""
+from herald.volume import WINDOWS, read_datasets, volume_from_datasets
 
 MIDDLE_SLICES = 9
 """Slices shown of a series that was not analysed: enough to see what it is, and quick to read."""
 
 FEWEST_GREY = 0.05
 """Share of pixels within a window below which a picture says nothing."""
-
-MASK_COLOUR = (255, 64, 160)  # magenta: neither blood, bone nor brain is coloured in a CT window
-MASK_OUTLINE = 0.5
-MASK_FAINTEST = 0.2
-MASK_OPACITY = 0.22
 
 _KEPT_STACKS = 6  # of 32 slices: 16 MB each
 
@@ -154,32 +144,5 @@ def _span(first: int, last: int) -> str:
 
 def render(stack: Stack, index: int, window: str, *, mask: bool) -> bytes:
     """PNG of slice `index` (0-based) at a window of `herald.volume.WINDOWS`, the predicted mask over it."""
-    plane = stack.hounsfield[index].astype(np.float32)
-    size = _size(plane.shape[0], plane.shape[1], stack.aspect)
-    chosen: Window = WINDOWS[window]
-    grey = chosen.apply(np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC)))
-    if not mask or stack.mask is None:
-        picture = Image.fromarray(grey)
-    else:
-        small = Image.fromarray(stack.mask[index].astype(np.float32) / 255)
-        picture = Image.fromarray(_overlaid(grey, np.asarray(small.resize(size, Image.Resampling.BILINEAR))))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _size(rows: int, columns: int, aspect: float) -> tuple[int, int]:
-    height, width = rows * aspect, float(columns)
-    scale = LONGER_SIDE / max(height, width)
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _overlaid(grey: NDArray[np.uint8], probability: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A tint that grows with the probability, and an outline where it passes one half; (H, W, 3)."""
-    inside = probability >= MASK_OUTLINE
-    outline = ndimage.binary_dilation(inside, iterations=2) & ~inside
-    alpha = np.where(probability >= MASK_FAINTEST, probability * MASK_OPACITY, 0.0)
-    alpha = np.where(outline, 1.0, alpha)[..., None]
-    colour = grey[..., None] * (1 - alpha) + np.array(MASK_COLOUR, dtype=np.float32) * alpha
-    overlaid: NDArray[np.uint8] = np.rint(colour).astype(np.uint8)
-    return overlaid
+    shown = stack.mask[index] if mask and stack.mask is not None else None
+    return as_png(draw_slice(stack.hounsfield[index], WINDOWS[window], shown, aspect=stack.aspect))

@@ -42,10 +42,25 @@ class Channel(Protocol):
 
 def open_channel(step: PagingStep, config: NotifierConfig) -> Channel:
     """The channel of a step of the policy, without touching the network; raises ConfigError for a bad address."""
-    if step.channel == "smtp":
-        from notifier.channels.smtp import SmtpChannel
+    # each is imported when it is used: Apprise and hl7apy take long to import
+    match step.channel:
+        case "smtp":
+            from notifier.channels.smtp import SmtpChannel
 
-        return SmtpChannel(step.to, config)
-    from notifier.channels.apprise import AppriseChannel
+            return SmtpChannel(step.to, config)
+        case "pager":
+            from notifier.channels.pager import PagerChannel
 
-    return AppriseChannel(step.to)
+            return PagerChannel(step.to, config)
+        case "webhook":
+            from notifier.channels.webhook import WebhookChannel
+
+            return WebhookChannel(step.to, config)
+        case "hl7":
+            from notifier.channels.hl7 import Hl7Channel
+
+            return Hl7Channel(step.to, config)
+        case "apprise":
+            from notifier.channels.apprise import AppriseChannel
+
+            return AppriseChannel(step.to)

@@ -1,4 +1,4 @@
-"""Pages by e-mail, to a mailbox or an e-mail-to-pager gateway."""
+"""Pages by e-mail: text, and the same as HTML with the key slice in it."""
 
 import contextlib
 import smtplib
@@ -6,11 +6,16 @@ import ssl
 from email.errors import MessageError
 from email.message import EmailMessage
 from email.utils import format_datetime, getaddresses, parseaddr
+from html import escape
 
 from herald.config import NotifierConfig
 from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError
 from herald.events import utc_now
+from herald.links import TOKEN_LENGTH, reply_address
 from notifier.channels import Message
+
+LONGEST_LOCAL_PART = 64 - 1 - TOKEN_LENGTH
+"""Octets of notifier.reply_address before the @ that leave room for a token (RFC 5321 4.5.3.1.1)."""
 
 
 class SmtpChannel:
@@ -22,6 +27,16 @@ class SmtpChannel:
         self._domain = parseaddr(self._sender)[1].rpartition("@")[2] or "localhost"
         self._server = f"SMTP server {config.smtp_host}:{config.smtp_port}"
         self._config = config
+        if config.smtp_tls and config.smtp_starttls:
+            raise ConfigError(
+                "notifier.smtp_tls and notifier.smtp_starttls exclude each other: the first encrypts from the first "
+                "byte (usually port 465), the second after a greeting (usually port 587); set one of them to false"
+            )
+        if config.reply_address and len(_reply_local_part(config.reply_address).encode()) > LONGEST_LOCAL_PART:
+            raise ConfigError(
+                f"notifier.reply_address {config.reply_address!r} leaves no room for a token: use an address with at "
+                f"most {LONGEST_LOCAL_PART} characters before the @"
+            )
 
     def send(self, message: Message) -> None:
         """Return when the server has accepted the e-mail (250 after DATA).
@@ -30,15 +45,10 @@ class SmtpChannel:
         certificate that does not verify and a server without the STARTTLS or AUTH that was asked for.
         """
         try:
-            # EHLO with the sender's domain: smtplib's own choice may wait for a slow reverse DNS look-up
-            smtp = smtplib.SMTP(
-                self._config.smtp_host,
-                self._config.smtp_port,
-                local_hostname=self._domain,
-                timeout=self._config.smtp_timeout_s,
-            )
+            email = self.compose(message)
+            smtp = self._connect()
             try:
-                self._transmit(smtp, self._email(message))
+                self._transmit(smtp, email)
                 with contextlib.suppress(smtplib.SMTPException, OSError):
                     smtp.quit()  # the e-mail is accepted already: a failure from here on must not send it again
             finally:
@@ -64,20 +74,45 @@ class SmtpChannel:
         except (smtplib.SMTPException, OSError) as error:
             raise ChannelUnavailable(
                 f"{self._server} cannot be reached: {error or type(error).__name__}; "
-                "check notifier.smtp_host, notifier.smtp_port and that the server runs"
+                "check notifier.smtp_host, notifier.smtp_port, notifier.smtp_tls and that the server runs"
             ) from error
 
-    def _email(self, message: Message) -> EmailMessage:
+    def compose(self, message: Message) -> EmailMessage:
+        """Text, its alternative in HTML, and the key slice within that where there is one."""
+        email = self.headers(message)
+        email["Subject"] = message.subject
+        email.set_content(message.body)
+        picture = message.picture() if self._config.picture else None
+        content_id = f"key-slice.{message.page_id}@{self._domain}"
+        email.add_alternative(_html(message, content_id if picture else ""), subtype="html")
+        if picture:
+            alternative = email.get_payload()[1]  # type: ignore[index]
+            alternative.add_related(  # type: ignore[union-attr]
+                picture, "image", "png", cid=f"<{content_id}>", disposition="inline", filename="key-slice.png"
+            )
+        return email
+
+    def headers(self, message: Message) -> EmailMessage:
+        """An e-mail to the recipient without subject and content; a reply to it finds the page."""
         email = EmailMessage()
         email["From"] = self._sender
         email["To"] = self.recipient
-        email["Subject"] = message.subject
         email["Date"] = format_datetime(utc_now())
         email["Message-ID"] = f"<{message.page_id}@{self._domain}>"
         email["Auto-Submitted"] = "auto-generated"  # RFC 3834: no vacation replies
         email["Importance"] = "high"
-        email.set_content(message.body)
+        if self._config.reply_address and message.link:
+            email["Reply-To"] = reply_address(self._config.reply_address, message.link.rpartition("/")[2])
         return email
+
+    def _connect(self) -> smtplib.SMTP:
+        config = self._config
+        host, port, timeout_s = config.smtp_host, config.smtp_port, config.smtp_timeout_s
+        # EHLO with the sender's domain: smtplib's own choice may wait for a slow reverse DNS look-up
+        if config.smtp_tls:
+            context = ssl.create_default_context()
+            return smtplib.SMTP_SSL(host, port, local_hostname=self._domain, timeout=timeout_s, context=context)
+        return smtplib.SMTP(host, port, local_hostname=self._domain, timeout=timeout_s)
 
     def _transmit(self, smtp: smtplib.SMTP, email: EmailMessage) -> None:
         config = self._config
@@ -105,3 +140,33 @@ def _address(text: str, setting: str) -> str:
     if len(addresses) != 1 or not addresses[0][1]:
         raise ConfigError(f"{setting} {text!r} is not one e-mail address; use NAME@DOMAIN, one step per recipient")
     return text
+
+
+def _reply_local_part(address: str) -> str:
+    """What stands before the @ of a plain address, or ConfigError."""
+    if parseaddr(_address(address, "notifier.reply_address"))[1] != address:
+        raise ConfigError(f"notifier.reply_address {address!r} has more than an address; use NAME@DOMAIN")
+    return address.rpartition("@")[0]
+
+
+def _html(message: Message, content_id: str) -> str:
+    """The text, a link as large as a thumb and the picture in one column that follows the width of the screen."""
+    text = message.body.replace(message.link, "").rstrip() if message.link else message.body.rstrip()
+    if message.link:
+        text = text.removesuffix("Review and acknowledge:").rstrip()
+    button = (
+        f'<p><a href="{escape(message.link)}" style="display:block;padding:14px;background:#0b5394;color:#ffffff;'
+        'text-align:center;font-weight:bold;text-decoration:none;border-radius:6px">Review and acknowledge</a></p>\n'
+    )
+    picture = (
+        f'<p><img src="cid:{escape(content_id)}" alt="Key slice, suspected bleed outlined" '
+        'style="width:100%;max-width:512px;height:auto"></p>\n'
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"></head>\n'
+        '<body style="margin:12px;max-width:512px;font:16px/1.4 sans-serif">\n'
+        f'<p style="font-size:20px;font-weight:bold;margin:0">{escape(message.subject)}</p>\n'
+        f'<p style="white-space:pre-line;overflow-wrap:anywhere">{escape(text)}</p>\n'
+        f"{button if message.link else ''}{picture if content_id else ''}</body></html>\n"
+    )
