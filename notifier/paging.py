@@ -28,10 +28,9 @@ from herald.config import Config, PagingStep
 from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError, LedgerError
 from herald.events import SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import Ledger
-from herald.links import sign_link
 from notifier import policy, record
 from notifier.channels import Channel, Message
-from notifier.message import PageText, page_text
+from notifier.message import PageText, page_text, short_text
 from notifier.record import Mode, Outcome, Page, Review, State
 
 log = logging.getLogger(__name__)
@@ -330,19 +329,13 @@ class Paging:
         return _Attempt(outcome, self._now(), time.perf_counter() - started, channel, recipient, reason)
 
     def _message(self, page: Page) -> Message:
-        """What the page says, with a link that is signed now."""
+        """What the page says; subject and body are those of the row, whatever has become of the configuration."""
         event = page.triaged
         if event is None:  # a page of an earlier version
-            return Message(page.page_id, page.subject, page.body, short=page.subject[:160])
-        return Message(
-            page.page_id,
-            page.subject,
-            page.body,
-            short=page.subject[:160],
-            link=sign_link(self._config.webui, event.study_instance_uid, event.series_instance_uid, event.revision),
-            event=event,
-            picture=partial(self._picture, event),
-        )
+            return Message(page.page_id, page.subject, page.body, short=short_text(page.subject))
+        text = page_text(event, self._config)
+        picture = partial(self._picture, event)
+        return Message(page.page_id, page.subject, page.body, text.short, text.link, event, picture)
 
     def _record(self, page: Page, attempt: _Attempt) -> Page:
         """Write what an attempt came to: the page that has a move next, this one or the next step's."""
