@@ -193,6 +193,22 @@ class InferenceClient:
             models[expected.model] = ServedModel(version, card)
         return models
 
+    def ask(self) -> None:
+        """Return when every model of ours is served; costs no work of a model.
+
+        Raises ServingUnavailable (retriable) or ServingError.
+        """
+        for model in SIGNATURES:
+            request = get_model_status_pb2.GetModelStatusRequest()
+            request.model_spec.name = model
+            versions = self._call(self._model.GetModelStatus, request, model).model_version_status
+            if not any(v.state == get_model_status_pb2.ModelVersionStatus.AVAILABLE for v in versions):
+                told = "; ".join(v.status.error_message for v in versions if v.status.error_message)
+                raise ServingUnavailable(
+                    f"model server {self.address} has no version of model {model} that can be asked"
+                    f"{f' ({told})' if told else ''}; see the folder serving.models and the server's log"
+                )
+
     def _compare(self, expected: Signature, served: Any, version: str) -> None:
         differences = [
             *_differences("input", expected.inputs, served.inputs),

@@ -10,6 +10,7 @@ from herald.events import Event, SeriesReceived
 from herald.store import StudyStore
 from router.inference import InferenceClient
 from router.triage import failed, triage_series
+from router.vital import signs_of_life
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,6 @@ def serve(config: Config, stop: threading.Event) -> None:
     store = StudyStore(config.store)
     bus = open_bus(config.bus)
     client = InferenceClient(config.router.serving_address, config.router.deadline_s)
-    _log_models(client)
 
     def triage(event: Event) -> None:
         assert isinstance(event, SeriesReceived)
@@ -50,7 +50,9 @@ def serve(config: Config, stop: threading.Event) -> None:
         bus.publish(failed(event, error))
 
     try:
-        handle(bus, GROUP, {SeriesReceived: triage}, stop, config.bus, on_dead=give_up)
+        with signs_of_life(config):
+            _log_models(client)
+            handle(bus, GROUP, {SeriesReceived: triage}, stop, config.bus, on_dead=give_up)
     finally:
         client.close()
         bus.close()

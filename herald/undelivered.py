@@ -1,0 +1,108 @@
+"""Studies that were to be paged and that nobody has answered, for the operators, the web UI and `herald check`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import groupby
+
+from sqlalchemy import Connection, RowMapping, and_, exists, or_, select
+
+from herald.config import NotifierConfig
+from herald.ledger import alarms, pages, reviews
+
+OVERDUE = timedelta(minutes=2)
+"""How late a page may be before the notifier is taken to have stopped; longer than any pause between two attempts."""
+
+
+@dataclass(frozen=True)
+class Undelivered:
+    """A study whose live pages have come to an end without an answer, or wait for a notifier that does nothing.
+
+    `reached` says whether any channel took a page, `overdue` that one waits; `pages` are rows of the ledger by step.
+    """
+
+    study_instance_uid: str
+    series_instance_uid: str
+    revision: int
+    finding_at: datetime
+    last_at: datetime
+    """When the last page was sent, or was to be."""
+    reached: bool
+    overdue: bool
+    pages: tuple[RowMapping, ...]
+
+
+def undelivered(connection: Connection, config: NotifierConfig, now: datetime) -> list[Undelivered]:
+    """Every such study that no reader has acknowledged or reviewed since, the latest finding first.
+
+    Pages of shadow mode are none: nobody was to be told.
+    """
+    found = [study for rows in _unanswered(connection) if (study := _judged(rows, config, now)) is not None]
+    return sorted(found, key=lambda study: study.finding_at, reverse=True)
+
+
+def _unanswered(connection: Connection) -> Iterator[list[RowMapping]]:
+    """The live pages of each study that has one which may have failed and is not answered, in the order of steps."""
+    same_series = reviews.c.series_instance_uid == pages.c.series_instance_uid
+    reviewed = and_(same_series, reviews.c.revision >= pages.c.revision)
+    answered = exists().where(  # as the notifier's policy has it: a review of the page's series, or after the finding
+        reviews.c.study_instance_uid == pages.c.study_instance_uid,
+        or_(reviewed, reviews.c.occurred_at >= pages.c.finding_at),
+    )
+    studies = select(pages.c.study_instance_uid).where(
+        pages.c.mode == "live", pages.c.state.in_(("due", "sent", "exhausted", "failed")), ~answered
+    )
+    statement = (
+        select(pages)
+        .where(pages.c.mode == "live", pages.c.study_instance_uid.in_(studies))
+        .order_by(pages.c.study_instance_uid, pages.c.step)
+    )
+    rows = connection.execute(statement).mappings().all()
+    for _, of_study in groupby(rows, key=lambda row: row["study_instance_uid"]):
+        yield list(of_study)
+
+
+def _judged(rows: list[RowMapping], config: NotifierConfig, now: datetime) -> Undelivered | None:
+    """The study of these pages when its paging has failed or stands still, else None."""
+    states = {row["state"] for row in rows}
+    waiting = [row for row in rows if row["state"] in ("due", "sent")]
+    late = [row for row in waiting if _next_at(row, config) < now - OVERDUE]
+    settled = bool(states & {"acknowledged", "withdrawn"})
+    ended = bool(states & {"exhausted", "failed"})
+    if settled or (waiting and not late) or not (waiting or ended):
+        return None
+    last = rows[-1]
+    return Undelivered(
+        study_instance_uid=last["study_instance_uid"],
+        series_instance_uid=last["series_instance_uid"],
+        revision=last["revision"],
+        finding_at=last["finding_at"],
+        last_at=last["sent_at"] or last["due_at"],
+        reached=any(row["sent_at"] for row in rows),
+        overdue=bool(late),
+        pages=tuple(rows),
+    )
+
+
+def _next_at(row: RowMapping, config: NotifierConfig) -> datetime:
+    """When the notifier was to see to a page that is due or sent."""
+    if row["state"] == "due":
+        due: datetime = row["next_attempt_at"] or row["due_at"]
+        return due
+    steps = next((policy.steps for policy in config.policies if policy.name == row["policy"]), config.steps)
+    sent: datetime = row["sent_at"] or row["due_at"]
+    if row["step"] + 1 < len(steps):
+        following: datetime = row["finding_at"] + timedelta(minutes=steps[row["step"] + 1].after_minutes)
+        return max(following, sent)
+    return sent + timedelta(minutes=config.exhausted_after_minutes)
+
+
+def holding(connection: Connection) -> list[RowMapping]:
+    """The rows of `alarms` whose cause lasts, the oldest first, but for studies that a reader has answered since."""
+    answered = exists().where(
+        alarms.c.kind == "undelivered",
+        reviews.c.study_instance_uid == alarms.c.about,
+        reviews.c.occurred_at >= alarms.c.raised_at,
+    )
+    statement = select(alarms).where(alarms.c.cleared_at.is_(None), ~answered).order_by(alarms.c.raised_at)
+    return list(connection.execute(statement).mappings())
