@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,11 +238,12 @@ class StudyStore:
         """The prediction of one series revision, or None when there is none."""
         path = self.prediction_path(study_instance_uid, series_instance_uid, revision)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            # opened here, since NumPy leaves a file open that is no whole archive
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return Prediction(**{f.name: arrays[f.name] for f in fields(Prediction)})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
             raise StoreError(f"cannot read the prediction {path}: {error}") from error
 
     def _make_folder(self, folder: Path) -> None:

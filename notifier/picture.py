@@ -5,7 +5,6 @@ import logging
 import numpy as np
 from PIL import Image
 
-from herald.errors import HeraldError
 from herald.events import SeriesTriaged
 from herald.picture import as_png, draw_slice
 from herald.store import StudyStore
@@ -37,7 +36,7 @@ def key_slice(store: StudyStore, event: SeriesTriaged) -> bytes | None:
             picture = as_png(drawn.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE), compress_level=9)
             if len(picture) <= LARGEST_BYTES:
                 return picture
-    except (HeraldError, ValueError, IndexError, TypeError) as error:  # a damaged file may hold arrays of any shape
+    except Exception as error:  # a damaged file may hold arrays of any shape
         log.warning("series %s revision %d cannot be shown: %s", event.series_instance_uid, event.revision, error)
         return None
     log.warning("the key slice of series %s is larger than %d bytes", event.series_instance_uid, LARGEST_BYTES)

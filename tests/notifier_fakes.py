@@ -1,4 +1,4 @@
-"""What the notifier's tests share: an event, a configuration, and real SMTP and HTTP servers on loopback."""
+"""What the notifier's tests share: an event, a configuration, and real SMTP, HTTP and MLLP servers on loopback."""
 
 import socket
 import threading
@@ -13,6 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from aiosmtpd.controller import Controller
+from hl7apy.core import Message as Hl7Message  # type: ignore[import-untyped]
+from hl7apy.mllp import AbstractHandler, MLLPServer  # type: ignore[import-untyped]
+from hl7apy.parser import parse_message  # type: ignore[import-untyped]
 
 from herald.config import Config, NotifierConfig, WebuiConfig
 from herald.events import Finding, Label, SeriesTriaged
@@ -133,6 +136,43 @@ class HttpServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class MllpListener:
+    """A real MLLP listener that keeps the results it was sent, as ER7, and answers `code`, or `answer` where set."""
+
+    def __init__(self) -> None:
+        self.code = "AA"
+        self.about: str | None = None
+        self.answer: str | None = None
+        self.messages: list[str] = []
+        outer = self
+
+        class Handler(AbstractHandler):  # type: ignore[misc]
+            def reply(self) -> str:
+                outer.messages.append(self.incoming_message)
+                return outer.answer if outer.answer is not None else outer.acknowledgement(self.incoming_message)
+
+        self._server = MLLPServer("127.0.0.1", 0, {"ORU^R01^ORU_R01": (Handler,)})
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def acknowledgement(self, message: str) -> str:
+        """ACK^R01 with an ERR segment unless it accepts."""
+        ack = Hl7Message("ACK", version="2.5")
+        ack.msh.msh_9, ack.msh.msh_10, ack.msh.msh_11 = "ACK^R01^ACK", "1", "P"
+        ack.msa.msa_1 = self.code
+        ack.msa.msa_2 = self.about or parse_message(message).msh.msh_10.to_er7()
+        if self.code not in ("AA", "CA"):
+            ack.err.err_3, ack.err.err_4, ack.err.err_8 = "204", "E", "no such order"
+        framed: str = ack.to_mllp()
+        return framed
 
     def close(self) -> None:
         self._server.shutdown()

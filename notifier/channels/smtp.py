@@ -83,7 +83,7 @@ class SmtpChannel:
         email["Subject"] = message.subject
         email.set_content(message.body)
         picture = message.picture() if self._config.picture else None
-        content_id = f"key-slice.{message.page_id}@{self._domain}"
+        content_id = f"slice.{message.page_id[:8]}@{self._domain}"
         email.add_alternative(_html(message, content_id if picture else ""), subtype="html")
         if picture:
             alternative = email.get_payload()[1]  # type: ignore[index]
@@ -144,9 +144,10 @@ def _address(text: str, setting: str) -> str:
 
 def _reply_local_part(address: str) -> str:
     """What stands before the @ of a plain address, or ConfigError."""
-    if parseaddr(_address(address, "notifier.reply_address"))[1] != address:
-        raise ConfigError(f"notifier.reply_address {address!r} has more than an address; use NAME@DOMAIN")
-    return address.rpartition("@")[0]
+    local, _, domain = address.rpartition("@")
+    if not local or not domain or parseaddr(_address(address, "notifier.reply_address"))[1] != address:
+        raise ConfigError(f"notifier.reply_address {address!r} is not a plain address; use NAME@DOMAIN")
+    return local
 
 
 def _html(message: Message, content_id: str) -> str:
