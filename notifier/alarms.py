@@ -134,11 +134,11 @@ class Alarms:
         log.warning("alarm over, %s%s", TITLES[kind], f" ({about})" if about else "")
         self._wake.set()
 
-    def holding(self, kind: Kind) -> list[str]:
-        """What the alarms of a kind that hold are about; raises LedgerError."""
-        statement = select(alarms.c.about).where(alarms.c.kind == kind, alarms.c.cleared_at.is_(None))
+    def holding(self) -> set[tuple[str, str]]:
+        """Kind and `about` of every alarm that holds; raises LedgerError."""
+        statement = select(alarms.c.kind, alarms.c.about).where(alarms.c.cleared_at.is_(None))
         with self._ledger.read() as connection:
-            return list(connection.scalars(statement))
+            return {(row.kind, row.about) for row in connection.execute(statement)}
 
     def heartbeat(self, day: str, detail: Callable[[Connection], str]) -> bool:
         """Tell the operators that paging works, once per `day`; False when they have been. Raises LedgerError."""
