@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from notifier_fakes import HttpServer, Mailbox, MllpListener, configured, free_port, smtp_server
 from PIL import Image
-from pydicom.datadict import DicomDictionary
+from pydicom._dicom_dict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from receiver_fakes import config_under, ct_slice, receiving, send_all
@@ -192,7 +192,7 @@ def listening() -> Iterator[Lines]:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     markers = Markers()
-    uids = {keyword: generate_uid() for keyword in UIDS}
+    uids = {keyword: str(generate_uid()) for keyword in UIDS}
     datasets = [marked_slice(i, markers if i == 0 else Markers(), uids) for i in range(SLICES)]
     uids |= {f"SOPInstanceUID {i}": str(ds.SOPInstanceUID) for i, ds in enumerate(datasets)}
     with listening() as lines, receiving(config_under(tmp_path_factory.mktemp("node"))) as receiver:
