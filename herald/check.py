@@ -4,6 +4,7 @@ import smtplib
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 import requests
@@ -12,9 +13,11 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # m
 
 from herald.bus import open_bus
 from herald.config import Config
-from herald.errors import BusError, ChannelUnavailable, HeraldError, StoreFullError
+from herald.errors import BusError, ChannelUnavailable, HeraldError, NotificationError, StoreFullError
+from herald.events import utc_now
 from herald.ledger import open_ledger
 from herald.store import StudyStore
+from herald.undelivered import Undelivered, holding, undelivered
 
 TIMEOUT_S = 3.0
 
@@ -44,7 +47,7 @@ def check(config: Config, quick: bool = False) -> list[Outcome]:
         "receiver": _receiver,
     }
     if not quick:
-        parts |= {"disk": _disk, "pager": _pager, "dead letters": _dead_letters}
+        parts |= {"disk": _disk, "pager": _pager, "pages": _pages, "alarms": _alarms, "dead letters": _dead_letters}
     return [_outcome(what, ask, config) for what, ask in parts.items()]
 
 
@@ -85,6 +88,56 @@ def _bus(config: Config) -> str:
     finally:
         bus.close()
     return f"{config.bus.url.partition('://')[0]}; waiting: " + ", ".join(f"{k} {n}" for k, n in waiting.items())
+
+
+def _pages(config: Config) -> str:
+    """Live pages that reached nobody in the last day, or that the notifier is late with."""
+    now = utc_now()
+    ledger = open_ledger(config.ledger)
+    try:
+        with ledger.read() as connection:
+            found = [
+                study
+                for study in undelivered(connection, config.notifier, now)
+                if study.overdue or study.last_at > now - timedelta(days=1)
+            ]
+    finally:
+        ledger.close()
+    if not found:
+        return "none of the last 24 h is unanswered, none is late"
+    told = [f"{study.study_instance_uid} ({_page_fault(study, now)})" for study in found]
+    advice = f"call the radiologist, then acknowledge them on the web page; see {_operations(config)}"
+    if any(study.overdue for study in found):
+        advice += "; the notifier is late: look into its log, start it with `herald run notifier`"
+    raise NotificationError(f"{len(found)} {'study' if len(found) == 1 else 'studies'}: {', '.join(told)}; {advice}")
+
+
+def _page_fault(study: Undelivered, now: datetime) -> str:
+    if study.overdue:
+        return f"late, found {(now - study.finding_at).total_seconds() / 60:.0f} min ago"
+    return "paged, nobody has answered" if study.reached else "could not be paged"
+
+
+def _alarms(config: Config) -> str:
+    ledger = open_ledger(config.ledger)
+    try:
+        with ledger.read() as connection:
+            held = holding(connection)
+    finally:
+        ledger.close()
+    if not held:
+        return "none holds"
+    told = [
+        f"{alarm['kind']} since {alarm['raised_at']:%Y-%m-%d %H:%M} UTC"
+        f"{' of study ' + alarm['about'] if alarm['about'] else ''}: {alarm['detail']}"
+        f"{'' if alarm['sent_at'] or alarm['mode'] == 'shadow' else ' No operator was reached.'}"
+        for alarm in held
+    ]
+    raise NotificationError(f"{' | '.join(told)} See {_operations(config)}")
+
+
+def _operations(config: Config) -> str:
+    return f"{(config.webui.public_url or config.notifier.webui_url).rstrip('/')}/operations"
 
 
 def _dead_letters(config: Config) -> str:

@@ -1,14 +1,19 @@
-"""What `herald check` says of the served models: versions, heads, operating point, calibration."""
+"""What `herald check` says of the served models, of pages that reached nobody and of alarms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from served_models import build, eventually
+from sqlalchemy import insert, update
 
-from herald.check import check, describe_model
+import herald.check
+from herald.check import Outcome, check, describe_model
 from herald.config import Config, ServingConfig, load_config
+from herald.events import utc_now
+from herald.ledger import Ledger, alarms, open_ledger, pages, reviews
 from serving.server import ModelServer
 
 HEMORRHAGE: Mapping[str, Any] = {
@@ -124,3 +129,117 @@ def test_a_model_server_that_is_down_is_told(tmp_path: Path) -> None:
     (answered,) = [outcome for outcome in check(config, quick=True) if outcome.what == "models"]
     assert not answered.ok
     assert "herald run serving" in answered.detail
+
+
+# --- pages and alarms ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
+    """The ledger of a node that is asked for pages and alarms only."""
+    config = node(tmp_path, "127.0.0.1:1")
+    monkeypatch.setattr(herald.check, "TIMEOUT_S", 0.1)
+    ledger = open_ledger(config.ledger)
+    yield ledger
+    ledger.close()
+
+
+def said(tmp_path: Path, what: str) -> Outcome:
+    (outcome,) = [outcome for outcome in check(node(tmp_path, "127.0.0.1:1")) if outcome.what == what]
+    return outcome
+
+
+def add_page(ledger: Ledger, study: str = "1.2.3", hours_ago: float = 1.0, **changes: Any) -> None:
+    then = utc_now() - timedelta(hours=hours_ago)
+    row = {
+        "page_id": study,
+        "study_instance_uid": study,
+        "series_instance_uid": f"{study}.4",
+        "revision": 1,
+        "step": 0,
+        "state": "exhausted",
+        "mode": "live",
+        "channel": "smtp",
+        "recipient": "oncall@hospital.example",
+        "subject": "",
+        "body": "",
+        "finding_at": then,
+        "due_at": then,
+        "sent_at": then,
+    }
+    with ledger.begin() as connection:
+        connection.execute(insert(pages).values(**{**row, **changes}))
+
+
+def test_a_node_whose_pages_are_answered_is_well(live: Ledger, tmp_path: Path) -> None:
+    add_page(live, state="acknowledged")
+    add_page(live, "1.2.4", mode="shadow")
+    assert said(tmp_path, "pages").ok
+    assert said(tmp_path, "alarms") == Outcome("alarms", True, "none holds")
+
+
+def test_a_page_that_nobody_answered_is_a_fault_that_names_the_study_until_it_is_reviewed(
+    live: Ledger, tmp_path: Path
+) -> None:
+    add_page(live)
+    add_page(live, "1.2.4", sent_at=None)
+    fault = said(tmp_path, "pages")
+    assert not fault.ok
+    assert "2 studies:" in fault.detail
+    assert "1.2.3 (paged, nobody has answered)" in fault.detail
+    assert "1.2.4 (could not be paged)" in fault.detail
+    assert "call the radiologist" in fault.detail
+    assert "http://127.0.0.1:8080/operations" in fault.detail
+    for study in ("1.2.3", "1.2.4"):
+        with live.begin() as connection:
+            connection.execute(
+                insert(reviews).values(
+                    review_id=study,
+                    study_instance_uid=study,
+                    series_instance_uid=f"{study}.4",
+                    revision=1,
+                    action="agree",
+                    reader="rita",
+                    prediction_shown=True,
+                    occurred_at=utc_now(),
+                )
+            )
+    assert said(tmp_path, "pages").ok
+
+
+def test_a_page_that_nobody_answered_days_ago_is_left_to_the_operations_page(live: Ledger, tmp_path: Path) -> None:
+    add_page(live, hours_ago=25)
+    assert said(tmp_path, "pages").ok
+
+
+@pytest.mark.parametrize(("minutes_ago", "ok"), [(1, True), (3, False)])
+def test_a_page_that_is_late_by_minutes_is_a_fault_of_the_notifier(
+    live: Ledger, tmp_path: Path, minutes_ago: float, ok: bool
+) -> None:
+    add_page(live, hours_ago=minutes_ago / 60, state="due", sent_at=None)
+    late = said(tmp_path, "pages")
+    assert late.ok is ok
+    if not ok:
+        assert "1 study: 1.2.3 (late, found 3 min ago)" in late.detail
+        assert "herald run notifier" in late.detail
+
+
+def test_an_alarm_is_a_fault_while_it_holds(live: Ledger, tmp_path: Path) -> None:
+    with live.begin() as connection:
+        connection.execute(
+            insert(alarms).values(
+                alarm_id="1",
+                kind="models",
+                about="",
+                detail="no router has been alive since 03:12.",
+                mode="live",
+                raised_at=datetime(2026, 3, 27, 3, 17, tzinfo=UTC),
+            )
+        )
+    fault = said(tmp_path, "alarms")
+    assert not fault.ok
+    assert fault.detail.startswith("models since 2026-03-27 03:17 UTC: no router has been alive since 03:12.")
+    assert "No operator was reached." in fault.detail
+    with live.begin() as connection:
+        connection.execute(update(alarms).values(cleared_at=utc_now()))
+    assert said(tmp_path, "alarms").ok
