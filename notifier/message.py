@@ -14,6 +14,9 @@ from notifier.record import page_id
 DISCLAIMER = "AI triage, not a diagnosis"
 BRIEF_DISCLAIMER = "AI, not a diagnosis"
 
+LINK_INTRODUCTION = "Review and acknowledge:"
+"""Line of the body before the link, which is its last."""
+
 WORDS = {
     "any": "any haemorrhage",
     "iph": "intraparenchymal (IPH)",
@@ -67,7 +70,7 @@ def page_text(event: SeriesTriaged, config: Config) -> PageText:
         f"Accession: {accession_suffix(event.accession_number)}",
         f"Series: {_series(event)}",
         "",
-        "Review and acknowledge:",
+        LINK_INTRODUCTION,
         link,
     ]
     return PageText(

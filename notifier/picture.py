@@ -33,7 +33,7 @@ def key_slice(store: StudyStore, event: SeriesTriaged) -> bytes | None:
         hounsfield, mask = prediction.hounsfield[hottest], prediction.mask[hottest, ..., 0]
         for side in _SIDES:
             drawn = draw_slice(hounsfield, BRAIN, mask, longer_side=side)
-            picture = as_png(drawn.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE), compress_level=9)
+            picture = as_png(drawn.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE))
             if len(picture) <= LARGEST_BYTES:
                 return picture
     except Exception as error:  # a damaged file may hold arrays of any shape

@@ -94,9 +94,17 @@ def test_an_email_shows_the_key_slice_within_its_html(mailbox: Mailbox, port: in
     html = part(email, "html").get_content()
     assert f'src="cid:{image["Content-ID"].strip(" <>")}"' in html
     assert f'href="{MESSAGE.link}"' in html
+    assert html.count("Review and acknowledge") == html.count(MESSAGE.link) == 1
     assert "Subarachnoid (SAH): possible 0.61, 0.5 ml, slice 9 of 32" in html
     assert "width=device-width" in html
     assert re.findall(r"(?<!max-)width:\d+px", html) == []  # nothing wider than a phone
+
+
+def test_a_link_that_was_signed_anew_for_another_attempt_stands_alone_in_the_html(mailbox: Mailbox, port: int) -> None:
+    with smtp_server(mailbox, port):
+        smtp_channel(port).send(replace(MESSAGE, link="https://herald.example/page/anew"))
+    html = part(mailbox.emails[0], "html").get_content()
+    assert re.findall(r"https://[^\"<]*", html) == ["https://herald.example/page/anew"]
 
 
 @pytest.mark.parametrize(("shown", "png"), [(True, None), (False, PNG)])

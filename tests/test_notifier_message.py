@@ -182,6 +182,7 @@ def test_the_short_text_has_160_characters_of_the_basic_set_at_most_whatever_a_s
     assert ("http" in text.short.lower().rpartition("diagnosis")[2]) == text.short.endswith(text.link)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=400))
 def test_any_text_becomes_160_characters_without_control_characters(text: str) -> None:
     short = short_text(text)

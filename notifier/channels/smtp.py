@@ -13,6 +13,7 @@ from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError
 from herald.events import utc_now
 from herald.links import TOKEN_LENGTH, reply_address
 from notifier.channels import Message
+from notifier.message import LINK_INTRODUCTION
 
 LONGEST_LOCAL_PART = 64 - 1 - TOKEN_LENGTH
 """Octets of notifier.reply_address before the @ that leave room for a token (RFC 5321 4.5.3.1.1)."""
@@ -152,9 +153,7 @@ def _reply_local_part(address: str) -> str:
 
 def _html(message: Message, content_id: str) -> str:
     """The text, a link as large as a thumb and the picture in one column that follows the width of the screen."""
-    text = message.body.replace(message.link, "").rstrip() if message.link else message.body.rstrip()
-    if message.link:
-        text = text.removesuffix("Review and acknowledge:").rstrip()
+    text = message.body.partition(LINK_INTRODUCTION)[0] if message.link else message.body
     button = (
         f'<p><a href="{escape(message.link)}" style="display:block;padding:14px;background:#0b5394;color:#ffffff;'
         'text-align:center;font-weight:bold;text-decoration:none;border-radius:6px">Review and acknowledge</a></p>\n'
@@ -168,6 +167,6 @@ def _html(message: Message, content_id: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"></head>\n'
         '<body style="margin:12px;max-width:512px;font:16px/1.4 sans-serif">\n'
         f'<p style="font-size:20px;font-weight:bold;margin:0">{escape(message.subject)}</p>\n'
-        f'<p style="white-space:pre-line;overflow-wrap:anywhere">{escape(text)}</p>\n'
+        f'<p style="white-space:pre-line;overflow-wrap:anywhere">{escape(text.strip())}</p>\n'
         f"{button if message.link else ''}{picture if content_id else ''}</body></html>\n"
     )
