@@ -242,6 +242,66 @@ def check(as_json: Json = False) -> None:
     raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
 
 
+@app.command()
+def page(
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="STUDY", help="Who is or would be paged: StudyInstanceUID or accession number."),
+    ] = None,
+    test: Annotated[bool, typer.Option("--test", help="Send a test page through every channel.")] = False,
+    policy: Annotated[
+        str | None, typer.Option(help="With --test: only the steps of this policy, or of notifier.steps.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --test: do not ask first.")] = False,
+    even_in_shadow: Annotated[
+        bool, typer.Option("--even-in-shadow", help="With --test: send although the node or site is in shadow mode.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Who is or would be paged about a study, when and why; or a test page through every channel."""
+    from herald import page as paging
+
+    if test == (explain is not None):
+        raise typer.BadParameter("use either --explain STUDY or --test")
+    if explain is not None:
+        found = paging.explain(_config(), explain)
+        if as_json:
+            _print_json([asdict(explanation) for explanation in found])
+        for explanation in found if not as_json else ():
+            _print_explanation(explanation)
+        if not found:
+            err.print(f"nothing is known of {explain}; `herald trace` takes series and instances too")
+        raise typer.Exit(0 if found else 1)
+    config = _config()
+    targets = paging.targets(config, policy, even_in_shadow)
+    if not yes:
+        recipients = ", ".join(paging.recipients(config, targets))
+        typer.confirm(f"Send a test page by {recipients}?", abort=True, err=True)
+    outcomes = paging.send_tests(config, targets)
+    if as_json:
+        _print_json([asdict(outcome) for outcome in outcomes])
+    else:
+        _print_table(
+            ("channel", "recipient", "of", "ms", "outcome"),
+            ((o.channel, o.recipient, ", ".join(o.of), f"{o.duration_ms:.0f}", o.error or "ok") for o in outcomes),
+        )
+    raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
+
+
+def _print_explanation(told: Any) -> None:
+    out.print(f"study {told.study_instance_uid}: {told.verdict}", highlight=False)
+    if not told.positive:
+        out.print("A positive result, were there one now, would do this:")
+    out.print(f"site {told.site or 'none'}, {told.mode}; {told.finding}; by {told.policy}", highlight=False)
+    for line in told.policies:
+        out.print(f"  {line}", highlight=False, markup=False)
+    _print_table(
+        ("step", "at (UTC)", "channel", "recipient", "state", "reason"),
+        ((str(s.step), f"{s.at:%Y-%m-%d %H:%M:%S}", s.channel, s.recipient, s.state, s.reason) for s in told.steps),
+    )
+    out.print(told.afterwards, highlight=False)
+
+
 @app.command(name="dead-letters")
 def dead_letters(
     replay: Annotated[bool, typer.Option("--replay", help="Hand each to its service again.")] = False,

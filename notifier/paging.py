@@ -154,7 +154,8 @@ class Paging:
             if not fresh:
                 self._note_covered(connection, event, known[0], now)
                 return [page for page in known if page.state == "due"]
-            record.drop_pages(connection, event.study_instance_uid)
+            if known:
+                record.drop_pages(connection, event.study_instance_uid)
             page = self._first_page(event, text, now)
             record.add_page(connection, page)
         log.info(

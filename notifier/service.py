@@ -9,20 +9,25 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from herald.bus import handle, open_bus
 from herald.config import Config, PagingStep, required_secret
-from herald.errors import ChannelRefused
+from herald.errors import ChannelRefused, StoreError
 from herald.events import Event, SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import open_ledger
+from herald.store import StudyStore
 from notifier import policy
+from notifier.alarms import Alarms
 from notifier.channels import open_channel
 from notifier.channels.webui import WebuiChannel
-from notifier.paging import Paging, Reach, nobody_on_call
+from notifier.paging import Paging, Reach, no_pictures, nobody_on_call
+from notifier.picture import key_slice
 from notifier.posting import Posting
+from notifier.replies import serve_replies
 from notifier.roster import Roster
+from notifier.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +43,34 @@ CHANNELS_KEPT = 1024
 def serve(config: Config, stop: threading.Event) -> None:
     """Page and post until `stop` is set; raises ConfigError when a policy, the roster or a secret is missing or wrong.
 
-    A thread each for paging's consumer, the paging clock and posting's consumer, and those that send. One that dies
-    sets `stop` and raises here, so that the process ends and is started again rather than half working. On stopping,
-    pages under way are sent to their end; those that wait stay due in the ledger.
+    A thread each for paging's consumer, the paging clock, posting's consumer, the operators' alarms, the watch and
+    replies by e-mail, and those that send. One that dies sets `stop` and raises here, so that the process ends and is
+    started again rather than half working. On stopping, pages under way are sent to their end; those that wait stay
+    due in the ledger.
     """
     reach = open_channels(config)
     roster = open_roster(config)
+    on_call = roster.on_call if roster else nobody_on_call
     required_secret(config.webui.secret_key, "webui.secret_key")
     webui = WebuiChannel(config)
     ledger = open_ledger(config.ledger)
     senders = Senders(config.notifier.senders)
-    paging = Paging(ledger, config, reach, on_call=roster.on_call if roster else nobody_on_call, submit=senders.submit)
+    alarms = Alarms(ledger, config, reach, on_call=on_call)
+    watch = Watch(ledger, config, alarms)
+    paging = Paging(
+        ledger,
+        config,
+        reach,
+        on_call=on_call,
+        submit=senders.submit,
+        on_undelivered=lambda page, reason: watch.wake(),  # the watch finds in the ledger what it is about
+        picture=_pictures(config),
+    )
     posting = Posting(ledger, webui)
+
+    def on_triaged(event: SeriesTriaged) -> None:
+        watch.seen(event)
+        paging.on_triaged(event)
 
     def end(_: "Future[None]") -> None:
         stop.set()
@@ -62,14 +83,18 @@ def serve(config: Config, stop: threading.Event) -> None:
         len(config.notifier.sites),
         webui.recipient,
     )
-    pages: Handlers = {SeriesTriaged: paging.on_triaged, SeriesReviewed: paging.on_reviewed}
-    threads: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-        (paging.run, (stop,)),
-        (_consume, (config, PAGING_GROUP, pages, stop, _not_paged)),
-        (_consume, (config, POSTING_GROUP, {SeriesTriaged: posting.on_triaged}, stop, _not_posted)),
+    pages: Handlers = {SeriesTriaged: on_triaged, SeriesReviewed: paging.on_reviewed}
+    threads: list[Callable[[], None]] = [
+        partial(paging.run, stop),
+        partial(alarms.run, stop),
+        partial(watch.run, stop),
+        partial(_consume, config, PAGING_GROUP, pages, stop, _not_paged),
+        partial(_consume, config, POSTING_GROUP, {SeriesTriaged: posting.on_triaged}, stop, _not_posted),
     ]
+    if config.notifier.reply_address:
+        threads.append(partial(serve_replies, config, stop))
     with ThreadPoolExecutor(len(threads), thread_name_prefix="notifier") as pool:
-        work = [pool.submit(run, *arguments) for run, arguments in threads]
+        work = [pool.submit(run) for run in threads]
         for future in work:
             future.add_done_callback(end)
     senders.close()
@@ -128,6 +153,18 @@ def open_roster(config: Config) -> Roster | None:
         except ChannelRefused as error:
             log.warning("%s", error)
     return roster
+
+
+def _pictures(config: Config) -> Callable[[SeriesTriaged], bytes | None]:
+    """Key slices from the store; none where that cannot be opened, for a page is more than its picture."""
+    if not config.notifier.picture:
+        return no_pictures
+    try:
+        store = StudyStore(config.store)
+    except StoreError as error:
+        log.warning("pages have no key slice: %s", error)
+        return no_pictures
+    return partial(key_slice, store)
 
 
 def _consume(

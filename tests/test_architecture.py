@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SERVICES = ("receiver", "router", "serving", "notifier", "webui")
-COMPOSERS = {"herald/node.py", "herald/cli.py", "herald/demo.py", "herald/check.py", "herald/setup.py"}
+COMPOSERS = {
+    "herald/node.py",
+    "herald/cli.py",
+    "herald/demo.py",
+    "herald/check.py",
+    "herald/page.py",
+    "herald/setup.py",
+}
 """The modules that put the node together, and so may know the services."""
 
 STUB_USERS = {"router/inference.py"}

@@ -1,4 +1,5 @@
 import asyncio
+import smtplib
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from notifier_fakes import HttpServer, Mailbox, configured, free_port, smtp_serv
 from sqlalchemy import select
 
 from herald.bus import open_bus
-from herald.config import BusConfig, Config, LedgerConfig, PagingStep
+from herald.config import BusConfig, Config, LedgerConfig, PagingPolicy, PagingSite, PagingStep, StoreConfig
 from herald.errors import ConfigError
 from herald.events import Event, SeriesReviewed, utc_now
 from herald.ledger import deliveries, open_ledger, pages
@@ -35,6 +36,7 @@ def config(tmp_path: Path) -> Config:
         base,
         bus=BusConfig(url=f"sqlite:///{tmp_path / 'bus.sqlite'}", retry_first_s=0.05),
         ledger=LedgerConfig(url=f"sqlite:///{tmp_path / 'ledger.sqlite'}"),
+        store=StoreConfig(root=tmp_path / "store"),
     )
 
 
@@ -47,7 +49,7 @@ def serving(config: Config) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(20)
+        thread.join(60)
     assert not thread.is_alive()
 
 
@@ -66,7 +68,7 @@ def rows(config: Config, statement: Any) -> list[Any]:
         ledger.close()
 
 
-def eventually(holds: Callable[[], bool], within_s: float = 15.0) -> None:
+def eventually(holds: Callable[[], bool], within_s: float = 60.0) -> None:
     """Another process writes the ledger, and nothing tells this one: look until it holds."""
     deadline = time.monotonic() + within_s
     while not holds():
@@ -84,12 +86,12 @@ def test_a_page_goes_out_while_the_web_ui_is_down_and_the_result_is_posted_when_
     event = triaged(occurred_at=utc_now())
     with smtp_server(mailbox, config.notifier.smtp_port), serving(config):
         publish(config, event)
-        assert mailbox.arrived.wait(5)
+        assert mailbox.arrived.wait(60)
         webui_outcomes = select(deliveries.c.outcome).where(deliveries.c.channel == "webui")
         eventually(lambda: [row.outcome for row in rows(config, webui_outcomes)] == ["unavailable"])
         webui = HttpServer(int(config.notifier.webui_url.rpartition(":")[2]))
         try:
-            assert webui.arrived.wait(15)
+            assert webui.arrived.wait(60)
         finally:
             webui.close()
         eventually(lambda: [row.outcome for row in rows(config, webui_outcomes)] == ["unavailable", "sent"])
@@ -166,17 +168,80 @@ secret_key = "key-for-tests"
     mailbox = StuckMailbox()
     with smtp_server(mailbox, config.notifier.smtp_port):
         with process(toml) as first:
-            assert mailbox.reached.wait(20)
+            assert mailbox.reached.wait(60)
             first.kill()
             assert first.wait(10) == -9
         assert (state(config), mailbox.emails) == ("due", [])
         with process(toml):
-            assert mailbox.arrived.wait(20)
+            assert mailbox.arrived.wait(60)
             eventually(lambda: state(config) == "sent")
     assert len(mailbox.emails) == 1
     (page,) = rows(config, select(pages))
     assert page.attempts == 2
     assert mailbox.emails[0]["Message-ID"] == f"<{page.page_id}@localhost>"
+
+
+def test_a_page_goes_to_who_is_on_call_and_an_answer_by_e_mail_comes_in_beside_it(
+    config: Config, tmp_path: Path
+) -> None:
+    roster = tmp_path / "rota.csv"
+    roster.write_text("role,from,until,to\nct,2000-01-01T00:00,2100-01-01T00:00,night@hospital.example\n")
+    nights = PagingPolicy(name="all", sites=("east",), steps=(PagingStep(to="on-call:ct"),))
+    config = replace(
+        config,
+        notifier=replace(
+            config.notifier,
+            mode="shadow",
+            steps=(),
+            policies=(nights,),
+            sites=(PagingSite(name="east", scanners=("CT-EAST",), mode="live"),),
+            roster=str(roster),
+            reply_address="herald@hospital.example",
+            reply_port=free_port(),
+        ),
+    )
+    mailbox = Mailbox()
+    with smtp_server(mailbox, config.notifier.smtp_port), serving(config):
+        publish(config, triaged(occurred_at=utc_now()))
+        assert mailbox.arrived.wait(60)
+        eventually(lambda: _greets(config.notifier.reply_port))
+        eventually(lambda: state(config) == "sent")
+    (page,) = rows(config, select(pages))
+    assert (page.policy, page.site, page.mode, page.recipient) == ("all", "east", "live", "night@hospital.example")
+    assert mailbox.emails[0]["To"] == "night@hospital.example"
+    assert str(mailbox.emails[0]["Reply-To"]).startswith("herald+")
+
+
+def _greets(port: int) -> bool:
+    try:
+        with smtplib.SMTP("127.0.0.1", port, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_a_page_that_reaches_nobody_has_the_operators_told(config: Config) -> None:
+    mailbox = Mailbox()
+    operator = PagingStep(to="it@hospital.example", channel="smtp")
+    unreachable = PagingStep(to=f"127.0.0.1:{free_port()}", channel="hl7")
+    config = replace(
+        config, notifier=replace(config.notifier, steps=(unreachable,), operators=(operator,), retry_for_s=0.0)
+    )
+    with smtp_server(mailbox, config.notifier.smtp_port), serving(config):
+        publish(config, triaged(occurred_at=utc_now()))
+        assert mailbox.arrived.wait(60)
+    assert mailbox.emails[0]["To"] == "it@hospital.example"
+    assert state(config) == "exhausted"
+
+
+def test_a_roster_or_policy_that_is_wrong_keeps_the_notifier_from_starting(config: Config, tmp_path: Path) -> None:
+    for wrong, says in (
+        ({"roster": str(tmp_path / "none.ics")}, "none.ics"),
+        ({"policies": (PagingPolicy(name="p", steps=(), days=("someday",)),)}, "someday"),
+        ({"operators": (PagingStep(to="a@b.example, c@d.example"),)}, "a@b.example, c@d.example"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            serve(replace(config, notifier=replace(config.notifier, **wrong)), threading.Event())
 
 
 def test_without_secrets_the_notifier_does_not_start(config: Config) -> None:
