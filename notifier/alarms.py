@@ -312,7 +312,8 @@ class Alarms:
             again = f", since {this.number} h" if this.number else ""
             subject, times = f"Herald ALARM: {title}{again}", [f"Since {_time(raised_at)}."]
         link = f"{(self._config.webui.public_url or self._config.notifier.webui_url).rstrip('/')}/operations"
-        was = f"It was: {detail}" if this.over else detail
+        # what to do would mislead once it is over
+        was = f"It was: {detail.partition('. ')[0].rstrip('.')}." if this.over else detail
         body = "\n".join([subject, "", was, *times, "", "Operations page:", link, ""])
         short = f"{subject}. {was}"
         if len(short) > SHORT_LENGTH:

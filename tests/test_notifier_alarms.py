@@ -162,7 +162,7 @@ def test_an_alarm_that_goes_on_is_repeated_once_an_hour_with_what_is_known_then(
 
 
 def test_whoever_was_told_is_told_when_it_is_over_and_hears_no_more(desk: Desk) -> None:
-    desk.alarms.raise_alarm("models", "", "no router is alive")
+    desk.alarms.raise_alarm("models", "", "no router is alive. Start it now.")
     desk.run_for(minutes=20)
     desk.operators.taken.clear()
     desk.alarms.clear("models")
@@ -171,7 +171,10 @@ def test_whoever_was_told_is_told_when_it_is_over_and_hears_no_more(desk: Desk) 
         ("chief", "Herald: over: triage stands still"),
         ("it", "Herald: over: triage stands still"),
     ]
-    assert "From 2026-03-28 22:00 UTC to 2026-03-28 22:20 UTC." in desk.operators.taken[0][1].body
+    body = desk.operators.taken[0][1].body
+    assert "From 2026-03-28 22:00 UTC to 2026-03-28 22:20 UTC." in body
+    assert "It was: no router is alive.\n" in body
+    assert "Start it now" not in body
     assert (desk.row["cleared_at"], desk.row["next_attempt_at"]) == (START + timedelta(minutes=20), None)
 
 

@@ -541,6 +541,39 @@ def test_a_heartbeat_at_no_time_of_day_is_a_configuration_error_that_names_it(tm
         node_of(tmp_path, heartbeat_at=text_of)
 
 
+# --- every database --------------------------------------------------------------------------------------------------
+
+
+def test_the_watch_works_on_every_database(ledger_url: str) -> None:
+    settings = configured(
+        mode="live",
+        operators=(OPERATOR,),
+        silence_minutes=4.0,
+        models_silent_minutes=2.0,
+        heartbeat_at="00:00",
+        time_zone="UTC",
+    )
+    config = replace(settings, ledger=LedgerConfig(url=ledger_url))
+    node = Node(open_ledger(config.ledger), config)
+    try:
+        node.add_page()
+        node.add_page("1.2.5")
+        node.review("1.2.5")
+        node.run_for(minutes=1)
+        assert node.holding() == {"undelivered"}
+        node.routers["ct1:7"] = "connection refused"
+        node.run_for(minutes=4)
+        assert node.holding() == {"undelivered", "models", "silence"}
+        node.routers["ct1:7"] = None
+        node.add_result()
+        node.review()
+        node.run_for(minutes=1)
+        assert node.holding() == set()
+        assert len(node.inbox.messages) == 7
+    finally:
+        node.ledger.close()
+
+
 # --- the thread ------------------------------------------------------------------------------------------------------
 
 
