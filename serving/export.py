@@ -74,7 +74,7 @@ CODE = {
 WEIGHTS = {PROTOCOL.model: protocol.WEIGHTS, HEMORRHAGE.model: hemorrhage.WEIGHTS}
 """The shipped weights of each model."""
 
-CALIBRATION_KEYS = ("scale", "threshold", "smoothing", "mask_offset")
+CALIBRATION_KEYS = ("scale", "threshold", "pooled_share", "smoothing", "mask_offset")
 BULKY = frozenset({"metrics", "runs"})
 """Of hemorrhage.json, what stays out of the card, which travels with every answer."""
 
@@ -106,12 +106,13 @@ def _tempered(softmax: tf.Tensor, temperature: float) -> tf.Tensor:
 def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[float]]) -> Function:
     """`volume` int16 (D, 256, 256), a whole study -> `mask` uint8, `slice_probability` and `probability`.
 
-    `calibration` holds `scale` and `threshold` for each finding, `smoothing` of the slices, and the `mask_offset` at
-    which voxel logits outline best. The outermost slices are repeated to lend context.
+    `calibration` holds `scale` and `threshold` for each finding, the `pooled_share` of voxels in a slice's logit,
+    `smoothing` of the slices, and the `mask_offset` at which voxel logits outline best. The outermost slices are
+    repeated to lend context.
     """
     scale, threshold = tf.constant(calibration["scale"]), tf.constant(calibration["threshold"])
     before, here, after = calibration["smoothing"]
-    (mask_offset,) = calibration["mask_offset"]
+    (mask_offset,), (pooled_share,) = calibration["mask_offset"], calibration["pooled_share"]
     forward = whole_volume.forward(model)
 
     def detect(volume: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -119,7 +120,7 @@ def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[f
         raw = forward(tf.concat([x[:1], x[:1], x, x[-1:], x[-1:]], axis=0))
         mask = tf.cast(tf.round(tf.sigmoid(raw["mask"] - mask_offset) * 255.0), tf.uint8)  # (D, 128, 128, 4 * C)
         mask = tf.nn.depth_to_space(mask, 2)  # (D, 256, 256, C)
-        logits = (raw["slice"] + raw["pooled"]) / 2  # (D, C)
+        logits = (1 - pooled_share) * raw["slice"] + pooled_share * raw["pooled"]  # (D, C)
         padded = tf.concat([logits[:1], logits, logits[-1:]], axis=0)
         logits = before * padded[:-2] + here * padded[1:-1] + after * padded[2:]
         probability = tf.sigmoid(scale * (logits - threshold))  # 0.5 is the operating point
@@ -134,13 +135,13 @@ def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[f
 
 
 def read_calibration(path: Path) -> dict[str, list[float]]:
-    """`scale`, `threshold`, `smoothing` and `mask_offset` of hemorrhage.json.
+    """CALIBRATION_KEYS of hemorrhage.json.
 
     Raises ConfigError where they do not fit the findings.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content = {"mask_offset": [0.0], **content}  # which models before it did without
+        content = {"mask_offset": [0.0], "pooled_share": [0.5], **content}  # which models before it did without
         calibration = {key: [float(v) for v in content[key]] for key in CALIBRATION_KEYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

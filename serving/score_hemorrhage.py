@@ -20,8 +20,9 @@ from serving.readers import UNKNOWN, LabelledVolume
 
 TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse than an extra look ...
 LEAST_SPECIFICITY = 0.9  # ... but a reader who is paged for every fifth healthy patient stops looking
+POOLED_SHARE = 0.75  # of the pooled voxel logits in a slice's logit; the slice head is the weaker of the two
 SMOOTHING = (0.25, 0.5, 0.25)  # over neighbouring slices, since blood rarely fills just one
-MASK_OFFSETS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # of voxel logits, one of which fits the outlines best
+MASK_OFFSETS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)  # of voxel logits, one of which fits the outlines best
 
 
 def raw_scores(model: keras.Model, volume: NDArray[np.int16]) -> dict[str, NDArray[np.float32]]:
@@ -55,7 +56,7 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
 
 def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -> NDArray[np.float64]:
     """The uncalibrated logit of each slice: the mean of both routes, smoothed over neighbouring slices, (D, C)."""
-    mean = (slice_head.astype(np.float64) + pooled) / 2
+    mean = (1 - POOLED_SHARE) * slice_head.astype(np.float64) + POOLED_SHARE * pooled
     padded = np.pad(mean, ((1, 1), (0, 0)), mode="edge")
     return SMOOTHING[0] * padded[:-2] + SMOOTHING[1] * padded[1:-1] + SMOOTHING[2] * padded[2:]
 
@@ -103,6 +104,7 @@ def evaluate(folder: Path) -> dict[str, object]:
         "findings": list(FINDINGS),
         "scale": scales,
         "threshold": thresholds,
+        "pooled_share": [POOLED_SHARE],
         "smoothing": list(SMOOTHING),
         "mask_offset": [MASK_OFFSETS[offset]],
         "target_sensitivity": TARGET_SENSITIVITY,

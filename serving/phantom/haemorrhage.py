@@ -23,6 +23,9 @@ LABELS: Mapping[str, int] = {name: FINDINGS.index(name) for name in ("iph", "ivh
     "edh": FINDINGS.index("edh_sdh"),
 }
 SHIFTS = ("iph", "sdh", "edh")  # what pushes the midline aside
+THINNEST_MM = {"sdh": 3.0, "edh": 5.0}
+"""Mean thickness below which a bleed on the skull spreads less instead: a thinner one is lost in the blur of bone."""
+SKULL_RADIUS_MM = 68.0
 
 Index = NDArray[np.intp]  # into the flattened grid
 
@@ -285,7 +288,10 @@ def _sdh(p: _Place, volume_ml: float) -> Index:
         level = (layer + 0.06 * np.abs(y - middle) + 0.03 * np.abs(z - 40) * (site == "falx"))[keep]
         return _grown(region[keep], level * p.rough(region[keep], 0.15), min(volume_ml, 15))
     sides = (-1, 1) if site == "both" else (side,)
-    return np.concatenate([_on_skull(p, volume_ml / len(sides), s, p.rng.uniform(45, 75), sharp=False) for s in sides])
+    each = volume_ml / len(sides)
+    return np.concatenate(
+        [_on_skull(p, each, s, _spread(each, p.rng.uniform(45, 75), THINNEST_MM["sdh"]), sharp=False) for s in sides]
+    )
 
 
 def _beside(sheet: Bool, axis: int, direction: int, layers: int = 8) -> tuple[Index, Float]:
@@ -299,7 +305,13 @@ def _beside(sheet: Bool, axis: int, direction: int, layers: int = 8) -> tuple[In
 
 def _edh(p: _Place, volume_ml: float) -> Index:
     """Epidural: a lens under the skull."""
-    return _on_skull(p, volume_ml, p.side(), p.rng.uniform(20, 32), sharp=True)
+    return _on_skull(p, volume_ml, p.side(), _spread(volume_ml, p.rng.uniform(20, 32), THINNEST_MM["edh"]), sharp=True)
+
+
+def _spread(volume_ml: float, widest_deg: float, thinnest_mm: float) -> float:
+    """Degrees around its middle over which so much blood is at least `thinnest_mm` thick on average."""
+    radius_mm = np.sqrt(volume_ml * 1000 / (np.pi * thinnest_mm))
+    return float(min(widest_deg, np.degrees(radius_mm / SKULL_RADIUS_MM)))
 
 
 def _on_skull(p: _Place, volume_ml: float, side: int, spread_deg: float, sharp: bool) -> Index:
