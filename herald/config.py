@@ -203,7 +203,7 @@ class NotifierConfig:
     time_zone: str = ""
     """IANA name for hours of policies and the roster's times without a zone; empty is this host's zone."""
     senders: int = 8
-    """Pages sent at the same time, so that one slow channel holds up no other page."""
+    """Pages sent at the same time by each kind of channel, so that a slow one holds up no other page."""
     smtp_host: str = "127.0.0.1"
     smtp_port: int = 25
     smtp_starttls: bool = False

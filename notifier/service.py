@@ -88,7 +88,7 @@ def serve(config: Config, stop: threading.Event) -> None:
         partial(paging.run, stop),
         partial(alarms.run, stop),
         partial(watch.run, stop),
-        partial(_consume, config, PAGING_GROUP, pages, stop, _not_paged),
+        partial(_consume, config, PAGING_GROUP, pages, stop, partial(_not_paged, alarms)),
         partial(_consume, config, POSTING_GROUP, {SeriesTriaged: posting.on_triaged}, stop, _not_posted),
     ]
     if config.notifier.reply_address:
@@ -182,13 +182,12 @@ def _consume(
         bus.close()
 
 
-def _not_paged(event: Event, error: BaseException) -> None:
+def _not_paged(alarms: Alarms, event: Event, error: BaseException) -> None:
     if isinstance(event, SeriesTriaged) and event.disposition == "positive":
-        log.error(
-            "study %s is POSITIVE and nobody was paged: %s; call the radiologist, then replay the dead letter",
-            event.study_instance_uid,
-            error,
-        )
+        study = event.study_instance_uid
+        log.error("study %s is POSITIVE and no page could be made: %s", study, error)
+        advice = "call the radiologist; then see `herald dead-letters`, mend the cause, and add --replay"
+        alarms.raise_alarm("undelivered", study, f"study {study} is POSITIVE and no page could be made; {advice}")
 
 
 def _not_posted(event: Event, error: BaseException) -> None:

@@ -28,7 +28,7 @@ from serving.public_sets import PUBLIC_SETS
 from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere
 
 FOLDS = 5
-CROPS = 8  # crops of a step, of as many patients or places: three of eight slices learned far less in the same time
+CROPS = 8  # crops of a step, of as many patients or places: neighbouring slices teach little that is new
 OUTPUT_SLICES = 2  # slices of a crop that are learned from; the four around them are context
 PRETRAINING = {"phe-sich": 0.7, "simulated": 0.3}  # shares of crops; no patient of the set that tells how good it is
 SHARES = {"ct-ich": 0.75, "phe-sich": 0.13, "simulated": 0.12}  # most from the set that holds both classes

@@ -17,8 +17,9 @@ from sqlalchemy import select
 from herald.bus import open_bus
 from herald.config import BusConfig, Config, LedgerConfig, PagingPolicy, PagingSite, PagingStep, StoreConfig
 from herald.errors import ConfigError
-from herald.events import Event, SeriesReviewed, utc_now
-from herald.ledger import deliveries, open_ledger, pages
+from herald.events import Event, SeriesReviewed, SeriesTriaged, utc_now
+from herald.ledger import alarms, deliveries, open_ledger, pages
+from notifier.paging import Paging
 from notifier.service import PAGING_GROUP, POSTING_GROUP, serve
 
 ROOT = Path(__file__).parents[1]
@@ -260,3 +261,24 @@ def test_a_thread_that_dies_ends_the_notifier_with_its_error(config: Config, mon
     with pytest.raises(RuntimeError, match="a bug in the paging clock"):
         serve(config, stop)
     assert stop.is_set()
+
+
+def test_a_positive_result_that_cannot_be_paged_at_all_is_an_alarm(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(paging: Paging, event: SeriesTriaged) -> None:
+        raise ValueError("a bug that names ANNA^SECRET")
+
+    monkeypatch.setattr(Paging, "on_triaged", broken)
+    config = replace(config, notifier=replace(config.notifier, operators=(PagingStep(to="it@hospital.example"),)))
+    mailbox = Mailbox()
+    event = triaged(occurred_at=utc_now())
+    with smtp_server(mailbox, config.notifier.smtp_port), serving(config):
+        publish(config, event)
+        assert mailbox.arrived.wait(60)
+    (email,) = mailbox.emails
+    text = email.get_body(("plain",)).get_content()  # type: ignore[union-attr]
+    assert f"study {event.study_instance_uid} is POSITIVE" in " ".join(text.split())
+    assert "ANNA" not in text
+    (alarm,) = rows(config, select(alarms))
+    assert (alarm.kind, alarm.about, alarm.cleared_at) == ("undelivered", event.study_instance_uid, None)
