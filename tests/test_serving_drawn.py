@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from herald.signatures import FINDINGS
-from serving.drawn import FINDING, KINDS, LEAST_PX, Cavity, cavity, draw_bleed, draw_calcification, move_bleed
+from serving.drawn import (
+    FINDING,
+    KINDS,
+    LEAST_PX,
+    Cavity,
+    brighten_rim,
+    cavity,
+    draw_bleed,
+    draw_calcification,
+    move_bleed,
+)
 
 
 def head(slices: int = 12, noise: float = 3.0) -> np.ndarray:
@@ -100,3 +110,14 @@ def test_blood_moved_from_another_head_keeps_its_kind_and_stays_inside(scan: tup
     outside = np.zeros_like(positive)
     outside[5, 2:20, 2:20] = 1
     assert move_bleed(np.random.default_rng(3), volume, inside, donor, outside) is None
+
+
+def test_a_rim_is_brightest_at_the_bone_on_one_side_and_leaves_the_middle_and_what_is_outside(scan: tuple) -> None:
+    volume, inside = scan
+    for seed in range(12):
+        rise = brighten_rim(np.random.default_rng(seed), volume, inside) - volume
+        assert not rise[inside.depth == 0].any()
+        at_bone, deep = rise[(inside.depth > 0) & (inside.depth < 3)], rise[inside.depth > 60]
+        assert 1 < at_bone.max() <= 22
+        assert at_bone.min() < 0.8 * at_bone.max()
+        assert np.abs(deep).max() < 0.1

@@ -19,6 +19,7 @@ from serving.crops import (
     fold_of,
     load_patients,
     prepare,
+    simulated_patient,
     split,
     truth_of,
 )
@@ -203,6 +204,18 @@ def test_thin_slices_are_averaged_with_their_truth_as_the_node_does():
     assert prepared.pixels.volume.shape == (5, 256, 256)
     assert prepared.slice_truth[:, 0].tolist() == [0, 0, 1, UNKNOWN, UNKNOWN]
     assert [bool(plane.any()) for plane in prepared.pixels.positive] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("seed", [1001, 1007, 1037])
+def test_what_a_simulated_head_calls_blood_looks_like_blood_also_when_it_is_thin_and_on_the_skull(seed):
+    labelled = simulated_patient(seed)
+    outlined = labelled.volume.hounsfield[labelled.truth[..., FINDINGS.index("edh_sdh")] == 1]
+    assert outlined.size > 50
+    assert 20 < np.median(outlined) < 90
+    assert outlined.max() <= 150
+    area = labelled.truth[..., 0].sum(axis=(1, 2)) * np.prod(labelled.volume.pixel_spacing_mm)
+    expected = [1 if mm2 >= 20 else UNKNOWN if mm2 > 0 else 0 for mm2 in area]
+    assert labelled.slice_truth[:, 0].tolist() == expected
 
 
 def test_masks_follow_the_geometry_of_augmentation():
