@@ -5,6 +5,7 @@ Precedence: defaults < herald.toml < environment (`HERALD_RECEIVER__AE_TITLE=CT1
 """
 
 import difflib
+import hashlib
 import os
 import tomllib
 from collections.abc import Mapping
@@ -256,6 +257,40 @@ class WebuiConfig:
     session_hours: float = 12.0
     link_hours: float = 72.0
     """How long the link in a page is valid."""
+    blind_fraction: float = 0.0
+    """Share of series whose reader judges before the prediction is shown, in live mode too; 1 is all of them."""
+    oidc_issuer: str = ""
+    """OpenID Connect provider, as in `https://login.hospital.example/realms/staff`; empty is off."""
+    oidc_client_id: str = ""
+    oidc_client_secret: str = ""
+    """Secret; `file:PATH` reads it from a file."""
+    oidc_claim: str = "groups"
+    """Claim of the ID token that decides about the role."""
+    oidc_roles: tuple[str, ...] = ()
+    """`VALUE=ROLE` pairs, as in `radiology=reader`; the first that fits decides, and who has none may not log in."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The record for prospective validation, its report and its export."""
+
+    salt: str = ""
+    """Secret with which exports hash identifiers; `file:PATH` reads it from a file."""
+    unfinished_minutes: float = 60.0
+    """How long a complete series may have no result before it is recorded as unfinished."""
+    reference_days: float = 28.0
+    """First days of a report: inputs and scores of later days are compared with theirs."""
+    window_days: float = 7.0
+    """How many days are compared with the reference at a time."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Prometheus metrics, for each service at `/metrics` of a port of its own; they carry no identity."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Port of the receiver; router, serving, notifier and webui have the next four. 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +306,8 @@ class Config:
     serving: ServingConfig = field(default_factory=ServingConfig)
     notifier: NotifierConfig = field(default_factory=NotifierConfig)
     webui: WebuiConfig = field(default_factory=WebuiConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 SECRETS = (
@@ -278,6 +315,8 @@ SECRETS = (
     ("notifier", "webhook_secret"),
     ("webui", "token"),
     ("webui", "secret_key"),
+    ("webui", "oidc_client_secret"),
+    ("validation", "salt"),
 )
 
 
@@ -298,6 +337,17 @@ def load_config(path: Path | None = None, environment: Mapping[str, str] | None 
         target = tables.setdefault(table, {})
         target[key] = _from_text(table, key, text)
     return _resolved(_convert(tables))
+
+
+def version(config: Config) -> str:
+    """Twelve digits that change with whatever setting may change a decision or a page, and name no secret."""
+    deciding = (config.receiver, config.router, config.serving, config.notifier)
+    settings = msgspec.to_builtins(deciding, enc_hook=str)
+    for table, settings_of_table in zip(("receiver", "router", "serving", "notifier"), settings, strict=True):
+        for owner, key in SECRETS:
+            if owner == table:
+                del settings_of_table[key]
+    return hashlib.sha256(msgspec.json.encode(settings, order="deterministic")).hexdigest()[:12]
 
 
 def required_secret(value: str, setting: str) -> str:

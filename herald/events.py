@@ -125,8 +125,22 @@ class SeriesTriaged(Event):
     """When the router took the series up."""
     classified_at: datetime | None = None
     detected_at: datetime | None = None
+    acquired_at: datetime | None = None
+    """When the scanner says that it acquired the series: earliest AcquisitionDateTime, or date and time."""
+    convolution_kernel: str = ""
+    """As the header has it (0018,1210)."""
+    slice_thickness_mm: float | None = None
+    """As the header has it (0018,0050)."""
+    pixel_spacing_mm: float | None = None
+    """Distance of rows."""
+    tissue_hounsfield: float | None = None
+    """Median of the soft tissue of the middle slices; what drifts with a scanner's calibration."""
+    noise_hounsfield: float | None = None
+    """Standard deviation of the noise there; what drifts with dose and kernel."""
     model_versions: dict[str, str] = field(default_factory=dict)
     software_version: str = ""
+    config_version: str = ""
+    """`herald.config.version` of the settings by which it was decided."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 Each table has one writer: the receiver owns `instances`, `rejections`, `series`, `removals` and `commitments`; the
 router owns `vitals`; the notifier owns `pages`, `deliveries` and `alarms`; the web UI owns `results`, `reviews`,
-`labels`, `users` and `audit`. Reading is free. Times are UTC.
+`labels`, `adjudications`, `validation`, `users` and `audit`. Reading is free. Times are UTC.
 """
 
 from collections.abc import Iterator
@@ -242,6 +242,9 @@ results = Table(
     Column("posted_at", UtcDateTime, nullable=False),
     Column("acknowledged_at", UtcDateTime, comment="first acknowledgement or verdict of a reader"),
     Column("acknowledged_by", String(64)),
+    Column("superseded", Boolean, comment="whether a later revision of the series has a result; null: not known"),
+    Column("leading_finding", String(16), comment="most probable kind of bleed of a positive"),
+    Column("disagreement", Boolean, comment="whether header and pixels differ about a head; null: not known"),
 )
 
 reviews = Table(
@@ -258,6 +261,8 @@ reviews = Table(
     Column("prediction_shown", Boolean, nullable=False, comment="whether the reader saw the prediction first"),
     Column("occurred_at", UtcDateTime, nullable=False),
     Column("published_at", UtcDateTime, comment="when SeriesReviewed was on the bus"),
+    Column("opened_at", UtcDateTime, comment="when this reader first opened the series"),
+    Column("undone_at", UtcDateTime, comment="when the reader took it back; it counts no more, and stays"),
 )
 
 labels = Table(
@@ -268,6 +273,33 @@ labels = Table(
     Column("haemorrhage", Boolean, nullable=False),
     Column("source", String(64), nullable=False),
     Column("imported_at", UtcDateTime, nullable=False),
+    Column("kind", String(16), comment="label: somebody's answer; report: by rule from a report's text"),
+    Column("detail", Text, comment="of a rule: which words decided; never the text itself"),
+    Column("superseded_at", UtcDateTime, comment="when the same source said something else; it stays"),
+)
+
+adjudications = Table(
+    "adjudications",
+    metadata,
+    Column("adjudication_id", Integer, primary_key=True, autoincrement=True),
+    Column("study_instance_uid", _uid, nullable=False, index=True),
+    Column("haemorrhage", Boolean, nullable=False),
+    Column("finding_kind", String(16), comment="by herald.signatures.FINDINGS"),
+    Column("note", Text),
+    Column("reader", String(64), nullable=False),
+    Column("occurred_at", UtcDateTime, nullable=False),
+)
+
+validation = Table(
+    "validation",
+    metadata,
+    Column("entry", Integer, primary_key=True, autoincrement=False, comment="1, 2, 3, ... without a gap"),
+    Column("series_instance_uid", _uid, nullable=False, index=True),
+    Column("revision", Integer, nullable=False),
+    Column("written_at", UtcDateTime, nullable=False, index=True),
+    Column("row", Text, nullable=False, comment="canonical JSON of a ValidationRow"),
+    Column("previous_sha256", String(64), nullable=False, comment="of the entry before"),
+    Column("sha256", String(64), nullable=False, comment="of entry, written_at, row and previous_sha256"),
 )
 
 users = Table(
@@ -277,6 +309,7 @@ users = Table(
     Column("password_hash", String(256), nullable=False),
     Column("role", String(16), nullable=False, comment="reader, researcher or admin"),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("subject", String(256), comment="issuer and subject of who logs in by OpenID Connect"),
 )
 
 audit = Table(

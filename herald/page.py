@@ -15,10 +15,11 @@ from herald.config import Config, PagingPolicy, PagingStep
 from herald.errors import ChannelRefused, ConfigError, NotificationError
 from herald.events import Finding, SeriesTriaged, utc_now
 from herald.ledger import open_ledger, pages, results, series
+from herald.sites import Mode, mode_of, site_of
 from notifier import policy, record
 from notifier.channels import Message
 from notifier.paging import Reach, nobody_on_call
-from notifier.record import Mode, Page
+from notifier.record import Page
 from notifier.service import open_channels, open_roster
 
 DEFAULT = "notifier.steps"
@@ -103,7 +104,7 @@ def _explained(
     judged = event if positive else _as_positive(event, config)
     chosen = policy.choose(judged, config, known[0].finding_at if known else now)
     told = list(_policies(judged, config, chosen, known[0].finding_at if known else now))
-    site = policy.site_of(judged, config)
+    site = site_of(judged, config)
     if known:
         site, taken = known[0].site or "", known[0].policy or DEFAULT
         if taken != (chosen.name or DEFAULT):
@@ -115,7 +116,7 @@ def _explained(
         verdict=verdict,
         positive=positive,
         site=site,
-        mode=known[0].mode if known else policy.mode_of(site, config),
+        mode=known[0].mode if known else mode_of(site, config),
         finding=f"{policy.leading_kind(judged, config)}, probability {policy.overall_probability(judged, config):.2f}",
         policy=page.policy or DEFAULT,
         policies=tuple(told),
@@ -188,7 +189,7 @@ def _first_page(event: SeriesTriaged, chosen: PagingPolicy, site: str, config: C
         revision=event.revision,
         step=0,
         state="due",
-        mode=policy.mode_of(site, config),
+        mode=mode_of(site, config),
         channel="",
         recipient="",
         subject="",
@@ -320,7 +321,7 @@ def _is_live(where: str, config: Config) -> bool:
     sites = {f"notifier.policies {p.name}": p.sites for p in config.notifier.policies}.get(where, ())
     if not sites:
         return policy.any_live(config)
-    return any(policy.mode_of(site, config) == "live" for site in sites)
+    return any(mode_of(site, config) == "live" for site in sites)
 
 
 def send_tests(config: Config, chosen: Sequence[Target]) -> list[TestOutcome]:

@@ -24,6 +24,9 @@ mode = "shadow"                     # "live" sends pages
 [webui]
 token = "file:secrets/webui-token"
 secret_key = "file:secrets/webui-secret-key"
+
+[validation]
+salt = "file:secrets/validation-salt"
 """
 """Only what a site decides; everything else keeps its default."""
 
@@ -33,7 +36,7 @@ def initialise(folder: Path, new_secret: Callable[[int], str]) -> Iterator[tuple
     data_dir = folder.absolute() / "herald-data"
     secrets = data_dir / "secrets"
     secrets.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in ("webui-token", "webui-secret-key"):
+    for name in ("webui-token", "webui-secret-key", "validation-salt"):
         yield _write_once(secrets / name, new_secret(TOKEN_BYTES) + "\n", mode=0o600)
     yield _write_once(folder / "herald.toml", CONFIG.format(data_dir=data_dir), mode=0o644)
     models = data_dir / "models"

@@ -28,10 +28,11 @@ from herald.config import Config, PagingStep
 from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError, LedgerError
 from herald.events import SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import Ledger
+from herald.sites import Mode, mode_of, site_of
 from notifier import policy, record
 from notifier.channels import Channel, Message
 from notifier.message import PageText, page_text, short_text
-from notifier.record import Mode, Outcome, Page, Review, State
+from notifier.record import Outcome, Page, Review, State
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Paging:
         """Make the study's first page unless there is one; the pages that wait to be sent."""
         text = page_text(event, self._config)
         now = self._now()
-        live = policy.mode_of(policy.site_of(event, self._config), self._config) == "live"
+        live = mode_of(site_of(event, self._config), self._config) == "live"
         with self._lock, self._ledger.begin() as connection:
             known = record.pages_of_study(connection, event.study_instance_uid)
             fresh = all(
@@ -169,7 +170,7 @@ class Paging:
 
     def _first_page(self, event: SeriesTriaged, text: PageText, now: datetime) -> Page:
         chosen = policy.choose(event, self._config, now)
-        site = policy.site_of(event, self._config)
+        site = site_of(event, self._config)
         first = chosen.steps[0] if chosen.steps else None
         finding_at = min(event.occurred_at, now)  # another host's clock may be ahead
         return Page(
@@ -179,7 +180,7 @@ class Paging:
             revision=event.revision,
             step=0,
             state="due",
-            mode=policy.mode_of(site, self._config),
+            mode=mode_of(site, self._config),
             channel=first.channel if first else "none",
             recipient=self._planned(first) if first else "",
             subject=text.subject,
@@ -410,7 +411,7 @@ class Paging:
 
     def _mode(self, page: Page) -> Mode:
         """Live only if the page's site is live now and was when the page was made."""
-        return "live" if page.mode == policy.mode_of(page.site or "", self._config) == "live" else "shadow"
+        return "live" if page.mode == mode_of(page.site or "", self._config) == "live" else "shadow"
 
     # --- the paging clock --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from herald.config import Config, PagingPolicy, PagingStep
 from herald.errors import ConfigError
 from herald.events import SeriesTriaged
 from herald.signatures import FINDINGS
-from notifier.record import Mode, Page, Review
+from herald.sites import mode_of, site_of
+from notifier.record import Page, Review
 
 ON_CALL = "on-call:"
 """Start of a step's `to` that names a role of the roster instead of an address."""
@@ -109,22 +110,6 @@ def overall_probability(event: SeriesTriaged, config: Config) -> float:
     """Probability of any haemorrhage; that of the likeliest kind, or the operating point, where it is not told."""
     by_kind = {finding.kind: finding.probability for finding in event.findings}
     return by_kind.get("any", max(by_kind.values(), default=config.router.operating_point))
-
-
-def site_of(event: SeriesTriaged, config: Config) -> str:
-    """Name of the site that sent the series, by calling AE title or scanner; "" when it is of none."""
-    for site in config.notifier.sites:
-        if event.calling_ae_title.strip() in site.calling_ae_titles or event.scanner.strip() in site.scanners:
-            return site.name
-    return ""
-
-
-def mode_of(site: str, config: Config) -> Mode:
-    """Whether pages of a site are sent; of no site, or of one that is gone, as `notifier.mode` says."""
-    for known in config.notifier.sites:
-        if known.name == site and known.mode:
-            return known.mode
-    return config.notifier.mode
 
 
 def any_live(config: Config) -> bool:

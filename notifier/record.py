@@ -10,9 +10,10 @@ from sqlalchemy import Connection, and_, delete, insert, or_, select, update
 
 from herald.events import SeriesTriaged
 from herald.ledger import deliveries, pages, reviews
+from herald.sites import Mode
 
 State = Literal["due", "sent", "acknowledged", "escalated", "exhausted", "withdrawn", "failed"]
-Mode = Literal["shadow", "live"]
+
 Outcome = Literal["sent", "shadow", "unavailable", "refused", "covered"]
 
 _NAMESPACE = UUID("b1d8a1de-0c3e-4a77-8a53-6d1f5f5f1c0b")

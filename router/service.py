@@ -2,9 +2,10 @@
 
 import logging
 import threading
+from dataclasses import replace
 
 from herald.bus import handle, open_bus
-from herald.config import Config
+from herald.config import Config, version
 from herald.errors import ServingError
 from herald.events import Event, SeriesReceived
 from herald.store import StudyStore
@@ -22,10 +23,11 @@ def serve(config: Config, stop: threading.Event) -> None:
     store = StudyStore(config.store)
     bus = open_bus(config.bus)
     client = InferenceClient(config.router.serving_address, config.router.deadline_s)
+    config_version = version(config)
 
     def triage(event: Event) -> None:
         assert isinstance(event, SeriesReceived)
-        triaged = triage_series(event, store, client, config.router)
+        triaged = replace(triage_series(event, store, client, config.router), config_version=config_version)
         bus.publish(triaged)
         log.info(
             "series %s revision %d: %s%s %s",
@@ -47,7 +49,7 @@ def serve(config: Config, stop: threading.Event) -> None:
 
     def give_up(event: Event, error: BaseException) -> None:
         assert isinstance(event, SeriesReceived)
-        bus.publish(failed(event, error))
+        bus.publish(replace(failed(event, error), config_version=config_version))
 
     try:
         with signs_of_life(config):

@@ -11,6 +11,7 @@ from herald.store import StudyStore
 from herald.volume import detection_input, protocol_batch, read_datasets, slabs, volume_from_datasets
 from router.decision import decide
 from router.eligibility import axial_candidates, too_few
+from router.facts import series_facts
 from router.findings import findings, prediction
 from router.inference import InferenceClient
 
@@ -28,9 +29,10 @@ def triage_series(
     slices, obstacles = axial_candidates(datasets, config.min_slices)
     if obstacles:
         claim = header_claim(datasets[0], "") if datasets else {}
-        return triaged(disposition="not_eligible", reasons=obstacles, header=claim)
+        return triaged(disposition="not_eligible", reasons=obstacles, header=claim, **series_facts(datasets))
 
     volume = volume_from_datasets(slices)
+    triaged = partial(triaged, **series_facts(slices, volume))
     claim = header_claim(slices[0], volume.orientation)
     if obstacles := too_few(volume.slice_count, config.min_slices):  # several images of each position: perfusion, 4D
         return triaged(disposition="not_eligible", reasons=obstacles, header=claim, notes=volume.notes)

@@ -11,6 +11,7 @@ from notifier_fakes import NOON, configured, triaged
 from herald.config import Config, PagingPolicy, PagingSite, PagingStep
 from herald.errors import ConfigError
 from herald.events import Finding
+from herald.sites import mode_of, site_of
 from notifier import policy
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -64,12 +65,12 @@ def test_a_site_is_known_by_calling_ae_title_or_scanner_and_has_its_own_mode(
 ) -> None:
     config = node(named(sites=("east",)), mode="shadow")
     event = triaged(**changes)
-    assert (policy.site_of(event, config), policy.mode_of(site, config)) == (site, mode)
+    assert (site_of(event, config), mode_of(site, config)) == (site, mode)
     assert (policy.choose(event, config, NOON).name == "p") is (site == "east")
 
 
 def test_the_mode_of_a_site_that_is_gone_is_that_of_the_node() -> None:
-    assert policy.mode_of("north", node(mode="shadow", sites=())) == "shadow"
+    assert mode_of("north", node(mode="shadow", sites=())) == "shadow"
 
 
 @pytest.mark.parametrize(

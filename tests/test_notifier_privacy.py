@@ -97,6 +97,8 @@ UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Instanc
 TEXT = {"PN", "LO", "SH", "ST", "LT", "UT", "UC", "AE"}
 GROUPS = {0x0008, 0x0010, 0x0012, 0x0018, 0x0020, 0x0032, 0x0038, 0x0040, 0x4008}
 ALLOWED = {"AccessionNumber", "StationName"}
+TECHNICAL = {"ConvolutionKernel"}
+"""What the event carries for the validation record and no page does; PS3.15 Annex E does not name it."""
 """The end of the one and the whole of the other stand in a page on purpose."""
 
 
@@ -326,7 +328,7 @@ def test_the_study_has_a_marker_in_every_element_that_identifies(study: Study) -
 
 
 def test_what_the_router_says_of_the_study_identifies_nobody(study: Study) -> None:
-    assert found(study.markers, study.event.to_json().decode()) == []
+    assert set(found(study.markers, study.event.to_json().decode())) <= TECHNICAL
 
 
 def test_receiver_and_router_log_nothing_that_identifies(study: Study) -> None:
@@ -376,4 +378,4 @@ def test_the_web_ui_of_the_node_gets_the_event_and_nothing_else(study: Study) ->
         WebuiChannel(configured(webui_url=http.url)).put(study.event)
     ((_, path, headers, body),) = http.requests
     assert body == study.event.to_json()
-    assert found(study.markers, f"{path} {headers} {body.decode()}") == []
+    assert set(found(study.markers, f"{path} {headers} {body.decode()}")) <= TECHNICAL
