@@ -16,7 +16,7 @@ from herald.config import Config, required_secret
 from herald.errors import LedgerError, LinkError, StoreError
 from herald.ledger import Ledger
 from herald.store import StudyStore
-from webui import api, operations, page, series, session, words, worklist
+from webui import api, operations, page, series, session, viewer, words, worklist
 from webui.context import EXTENSION, Context
 from webui.picture import Pictures
 from webui.publisher import ReviewPublisher
@@ -86,7 +86,7 @@ def create_app(config: Config, ledger: Ledger, store: StudyStore, bus: Bus) -> F
     protect.exempt(api.blueprint)
     protect.exempt(page.acknowledge)  # nobody can forge it: its address holds the signed token, cookies or not
     session.init_app(app)
-    for part in (api, worklist, series, page, operations):
+    for part in (api, worklist, series, viewer, page, operations):
         app.register_blueprint(part.blueprint)
     _add_words(app, config)
     _add_errors(app)

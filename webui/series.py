@@ -4,24 +4,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from flask import Blueprint, Response, abort, flash, redirect, render_template, request, url_for
+from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
-from herald.errors import DicomError
 from herald.events import Action, Finding, SeriesTriaged
 from herald.signatures import FINDINGS, HEADS
 from herald.volume import WINDOWS
-from webui import record, words
+from webui import record, viewer, words
 from webui.context import context
-from webui.picture import Stack, render
+from webui.picture import Stack
 from webui.record import Result, Review
 from webui.session import address, allow, user
-from webui.worklist import blind_reader
 
 blueprint = Blueprint("series", __name__, url_prefix="/series")
 
 LONGEST_NOTE = 2000
-PICTURE_CACHE_S = 600
 
 
 @dataclass(frozen=True)
@@ -66,19 +63,14 @@ def newest(series_instance_uid: str) -> ResponseReturnValue:
 def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     """I see what Herald found in a series, why, when, and what readers said."""
     parts = context()
-    result = _result(series_instance_uid, revision)
+    result = viewer.result_of(series_instance_uid, revision)
     event = result.event
     given = record.find_reviews(parts.ledger, series_instance_uid, revision)
-    blind = _blind(event, given)
+    blind = viewer.is_blind(event, given)
     record.add_audit(
         parts.ledger, user().name, address(), "view-series", event.study_instance_uid, event.series_instance_uid
     )
-    stack: Stack | None = None
-    try:
-        stack = parts.pictures.stack(event)
-        no_picture = ""
-    except DicomError as error:
-        no_picture = str(error)
+    stack, no_picture = viewer.find_stack(event)
     pages = [] if blind else record.find_pages(parts.ledger, event.study_instance_uid)
     return render_template(
         "series/show.html",
@@ -89,8 +81,8 @@ def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
         newest=record.newest_revision(parts.ledger, series_instance_uid),
         stack=stack,
         no_picture=no_picture,
-        shown=_shown(stack, blind) if stack else None,
-        window=_window(stack),
+        shown=viewer.shown_first(stack, blind) if stack else None,
+        window=viewer.window_of(stack),
         mask=request.args.get("mask") != "0" and not blind and stack is not None and stack.mask is not None,
         windows=WINDOWS,
         findings=[] if blind else _findings(event, stack),
@@ -102,34 +94,13 @@ def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     )
 
 
-@blueprint.get("/<series_instance_uid>/<int:revision>/slice/<int:number>.png")
-def picture(series_instance_uid: str, revision: int, number: int) -> ResponseReturnValue:
-    """I look at one slice, counted from 1, at a window, with or without the mask."""
-    window, mask = request.args.get("window", "brain"), request.args.get("mask") == "1"
-    if window not in WINDOWS:
-        abort(404)
-    event = _result(series_instance_uid, revision).event
-    if mask and _blind(event, record.find_reviews(context().ledger, series_instance_uid, revision)):
-        abort(403)
-    try:
-        stack = context().pictures.stack(event)
-    except DicomError:
-        abort(404)
-    if not 1 <= number <= stack.slice_count:
-        abort(404)
-    response = Response(render(stack, number - 1, window, mask=mask), mimetype="image/png")
-    response.cache_control.private = True
-    response.cache_control.max_age = PICTURE_CACHE_S
-    return response
-
-
 @blueprint.post("/<series_instance_uid>/<int:revision>/review")
 @allow("reader", "admin")
 def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     """I acknowledge, or say whether Herald was right and what I saw."""
     parts = context()
-    event = _result(series_instance_uid, revision).event
-    blind = _blind(event, record.find_reviews(parts.ledger, series_instance_uid, revision))
+    event = viewer.result_of(series_instance_uid, revision).event
+    blind = viewer.is_blind(event, record.find_reviews(parts.ledger, series_instance_uid, revision))
     kind = request.form.get("finding_kind", "") or None
     note = request.form.get("note", "").strip() or None
     verdict = request.form.get("verdict", "")
@@ -154,20 +125,6 @@ def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     return redirect(url_for(".show", series_instance_uid=series_instance_uid, revision=revision), 303)
 
 
-def _result(series_instance_uid: str, revision: int) -> Result:
-    result = record.find_result(context().ledger, series_instance_uid, revision)
-    if result is None:
-        abort(404)
-    return result
-
-
-def _blind(event: SeriesTriaged, given: list[Review]) -> bool:
-    """Whether this reader must judge before the prediction is shown."""
-    reader = blind_reader()
-    judged = any(review.reader == reader and review.action in record.VERDICTS for review in given)
-    return bool(reader) and event.disposition in record.ANALYSED and not judged
-
-
 def _action(verdict: str, event: SeriesTriaged, blind: bool) -> Action | None:
     """The action that a verdict means; a blind reader says what there is, and agrees or disagrees by that."""
     if verdict in ("haemorrhage", "no_haemorrhage") and event.disposition in record.ANALYSED:
@@ -175,19 +132,6 @@ def _action(verdict: str, event: SeriesTriaged, blind: bool) -> Action | None:
     if verdict in ("agree", "disagree") and blind:
         return None
     return cast(Action, verdict) if verdict in words.ACTIONS else None
-
-
-def _shown(stack: Stack, blind: bool) -> int:
-    """The 1-based slice to show first: the one asked for, else the hottest, for a blind reader the middle one."""
-    asked = request.args.get("slice", 0, type=int)
-    if 1 <= asked <= stack.slice_count:
-        return asked
-    return (stack.middle if blind else stack.hottest) + 1
-
-
-def _window(stack: Stack | None) -> str:
-    asked = request.args.get("window", "")
-    return asked if asked in WINDOWS or stack is None else stack.window
 
 
 def _findings(event: SeriesTriaged, stack: Stack | None) -> list[FindingRow]:

@@ -1,14 +1,11 @@
-// Slices, windows and the mask without a reload; one key for each review. Every control also works as a plain link.
+// Slices, windows and the mask without a reload. Every control also works as a plain link.
 
-import { follow, onKeys } from "./keys.js";
+import { onKeys } from "./keys.js";
 
 const viewer = document.getElementById("viewer");
 const windows = [...document.querySelectorAll("[data-window-name]")];
-const send = (button) => () => button.click();
-const bindings = { n: follow("next"), w: () => document.querySelector(".brand").click() };
-for (const button of document.querySelectorAll("#review [data-key]")) bindings[button.dataset.key] = send(button);
-
 if (viewer) {
+  const bindings = {};
   const { url, count: countText, hottest } = viewer.dataset;
   const count = Number(countText);
   const numbers = JSON.parse(viewer.dataset.numbers);
@@ -115,14 +112,6 @@ if (viewer) {
     m: toggleMask,
     h: () => hasMask && show({ slice: Number(hottest) }),
   });
+  onKeys(bindings);
   show({}); // fills in what only a script can: spoken slider value, neighbours
 }
-
-onKeys(bindings);
-
-const form = document.getElementById("review");
-form?.addEventListener("submit", (event) => {
-  if (form.dataset.sent) return event.preventDefault(); // a second key press is not a second review
-  form.dataset.sent = "1";
-});
-addEventListener("pageshow", () => form && delete form.dataset.sent);
