@@ -245,6 +245,7 @@ results = Table(
     Column("superseded", Boolean, comment="whether a later revision of the series has a result; null: not known"),
     Column("leading_finding", String(16), comment="most probable kind of bleed of a positive"),
     Column("disagreement", Boolean, comment="whether header and pixels differ about a head; null: not known"),
+    Column("blind", String(8), comment="why readers judge before they see it: shadow, chosen; empty: they see it"),
 )
 
 reviews = Table(
@@ -325,6 +326,25 @@ audit = Table(
 )
 
 Index("ix_pages_open", pages.c.state, pages.c.due_at)
+# all that the worklist filters, counts and sorts by: thousands of rows are gone through without reading their events
+Index(
+    "ix_results_worklist",
+    results.c.superseded,
+    results.c.disposition,
+    results.c.acknowledged_at,
+    results.c.triaged_at,
+    results.c.posted_at,
+    results.c.scanner,
+    results.c.leading_finding,
+    results.c.disagreement,
+    results.c.probability,
+    results.c.blind,
+    results.c.accession_number,
+    results.c.study_instance_uid,
+    results.c.series_instance_uid,
+    results.c.revision,
+)
+Index("ix_audit_series", audit.c.series_instance_uid, audit.c.action)
 
 
 BUSY_S = 30.0
