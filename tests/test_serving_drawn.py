@@ -14,6 +14,7 @@ from serving.drawn import (
     draw_bleed,
     draw_calcification,
     move_bleed,
+    widen_furrows,
 )
 
 
@@ -121,3 +122,19 @@ def test_a_rim_is_brightest_at_the_bone_on_one_side_and_leaves_the_middle_and_wh
         assert 1 < at_bone.max() <= 22
         assert at_bone.min() < 0.8 * at_bone.max()
         assert np.abs(deep).max() < 0.1
+
+
+def test_age_widens_furrows_near_the_skull_and_leaves_bone_depth_and_blood_alone(scan: tuple) -> None:
+    volume, inside = scan
+    blood = np.zeros(volume.shape, bool)
+    blood[:, 100:110, 40:50] = True
+    for seed in range(8):
+        aged = widen_furrows(np.random.default_rng(seed), volume, inside, blood)
+        changed = np.abs(aged - volume) > 8
+        assert not changed[inside.depth == 0].any()
+        assert not changed[blood].any()
+        assert not changed[inside.depth > 60].any()
+        assert not changed[volume >= 250].any()
+        near = (inside.depth > 0) & (inside.depth < 6) & (volume > 20) & (volume < 46)
+        assert 0.02 < changed[near].mean() < 0.9, "some gyri reach the skull, some furrows are wide"
+        assert np.median(aged[changed & near]) < 20  # fluid, not blood
