@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from herald.config import Config
 from herald.errors import ConfigError, HeraldError
 from herald.logs import configure_logging
+from herald.metrics import serve_metrics
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def run_service(name: str, config: Config) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the supervisor decides
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), name="supervisor-watch", daemon=True).start()
     try:
-        importlib.import_module(SERVICES[name]).serve(config, stop)
+        with serve_metrics(name, config.metrics):
+            importlib.import_module(SERVICES[name]).serve(config, stop)
     except ConfigError as error:
         log.error("%s", error)
         return EXIT_CONFIG

@@ -26,6 +26,7 @@ from herald.config import Config, PagingStep
 from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError, LedgerError
 from herald.events import utc_now
 from herald.ledger import Ledger, alarms
+from herald.metrics import NOTIFIER_ALARMS
 from notifier import policy
 from notifier.channels import Message
 from notifier.paging import Reach, nobody_on_call
@@ -113,6 +114,8 @@ class Alarms:
                     change |= {"mode": "live", "next_attempt_at": now, "attempts": 0}
                 if any(held[name] != value for name, value in change.items()):
                     _change(connection, held["alarm_id"], **change)
+        if held is None:
+            NOTIFIER_ALARMS.labels(kind).inc()
         self._wake.set()
 
     def clear(self, kind: Kind, about: str = "") -> None:
@@ -154,6 +157,7 @@ class Alarms:
 
     def tell(self, kind: Kind, detail: str) -> None:
         """Tell the operators at once and without a row, for when the ledger itself is what is missing."""
+        NOTIFIER_ALARMS.labels(kind).inc()
         log.error("ALARM, %s: %s", TITLES[kind], detail)
         now = self._now()
         if self._sends:

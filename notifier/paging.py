@@ -28,6 +28,7 @@ from herald.config import Config, PagingStep
 from herald.errors import ChannelRefused, ChannelUnavailable, ConfigError, LedgerError
 from herald.events import SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import Ledger
+from herald.metrics import NOTIFIER_FINDING_SECONDS, NOTIFIER_PAGES
 from herald.sites import Mode, mode_of, site_of
 from notifier import policy, record
 from notifier.channels import Channel, Message
@@ -278,6 +279,7 @@ class Paging:
                 return
             changed = self._record(*made)
             del self._unrecorded[page_id]
+        _count(*made)
         self._see_to(changed)
 
     def _claim(self, page_id: str) -> Page | None:
@@ -506,6 +508,12 @@ class Paging:
             current = record.load_page(connection, page.page_id)
             if current is not None and (current.state, current.next_attempt_at) == ("exhausted", page.next_attempt_at):
                 record.change_page(connection, current, next_attempt_at=again_at)
+
+
+def _count(page: Page, attempt: _Attempt) -> None:
+    NOTIFIER_PAGES.labels(attempt.channel, attempt.outcome).inc()
+    if page.step == 0 and attempt.outcome in ("sent", "shadow"):
+        NOTIFIER_FINDING_SECONDS.labels(attempt.outcome).observe((attempt.at - page.finding_at).total_seconds())
 
 
 def _end(connection: Connection, page: Page, state: State, reason: str) -> None:

@@ -26,6 +26,7 @@ from herald.config import ReceiverConfig
 from herald.errors import ConfigError, DicomError, NotDicomError, StoreError, StoreFullError
 from herald.events import utc_now
 from herald.instance import Head, InstanceHeader, fragments_end, read_head
+from herald.metrics import RECEIVER_INSTANCES, RECEIVER_STORED_BYTES
 from herald.store import IncomingInstance, StudyStore
 from receiver import announcement, commitment
 from receiver.access import AllowedSenders, tls_context
@@ -75,6 +76,8 @@ MOST_PIECES = 256
 """Fragments that are written at once; below the system's IOV_MAX."""
 
 _PREAMBLE = b"\0" * 128 + b"DICM"  # PS3.10 7.1
+
+_ANSWERED = {status: RECEIVER_INSTANCES.labels(status.name.lower()) for status in StoreStatus}
 
 
 class _Refused(Exception):
@@ -277,6 +280,7 @@ class Reception:
                 if self._refused is not None:
                     raise self._refused
                 self._take_in()
+                _ANSWERED[StoreStatus.SUCCESS].inc()
                 return StoreStatus.SUCCESS, ""
             except _Refused as refusal:
                 return self._refuse(refusal.status, str(refusal))
@@ -319,6 +323,7 @@ class Reception:
                     received_at=utc_now(),
                 )
                 self._server.assembler.arrived(arrival, id(association))
+            RECEIVER_STORED_BYTES.inc(stored.size_bytes)
         except StoreError as error:
             raise _out_of_resources(error) from error
         except DicomError as error:
@@ -376,6 +381,7 @@ class Reception:
 
     def _refuse(self, status: StoreStatus, reason: str) -> tuple[int, str]:
         """Log and record a refusal; returns status and ErrorComment (PS3.7 C)."""
+        _ANSWERED[status].inc()
         uid, association = printable(self._request.sop_instance_uid), self._association
         log.error("refused instance %s of %s with %s: %s", uid, association.who, status.words, reason)
         self._server.reject(

@@ -1,18 +1,26 @@
 """The receiver's process: wiring, start and clean stop."""
 
 import logging
+import math
 import threading
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from herald.bus import Bus, open_bus
-from herald.config import BusConfig, Config
+from herald.config import BusConfig, Config, StoreConfig
 from herald.errors import HeraldError, StoreError
 from herald.events import SeriesReceived
+from herald.metrics import (
+    RECEIVER_ASSOCIATIONS,
+    RECEIVER_FREE_BYTES,
+    RECEIVER_MIN_FREE_BYTES,
+    RECEIVER_SERIES_CLOSED,
+)
 from herald.store import StudyStore
 from receiver.assembly import SeriesAssembler
 from receiver.record import Recorder
 from receiver.retention import Retention
 from receiver.scp import StorageServer
+from receiver.upper_layer import ReceivingAssociation
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +31,7 @@ RESUME_WAIT_S = 10.0
 def serve(config: Config, stop: threading.Event) -> None:
     """Receive until `stop` is set; raises ConfigError or StoreError when the port or the store cannot be used."""
     store = StudyStore(config.store)
+    _measure(store, config.store)
     remove_leftovers(store)
     recorder = Recorder(config.ledger)
     publisher = _Publisher(config.bus)
@@ -51,6 +60,22 @@ def serve(config: Config, stop: threading.Event) -> None:
         publisher.close()
 
 
+def _measure(store: StudyStore, config: StoreConfig) -> None:
+    """What is asked when somebody reads the metrics, and costs nothing otherwise."""
+
+    def free_bytes() -> float:
+        try:
+            return store.free_bytes()
+        except StoreError:
+            return math.nan
+
+    RECEIVER_MIN_FREE_BYTES.set(config.min_free_gb * 1e9)
+    RECEIVER_FREE_BYTES.set_function(free_bytes)
+    RECEIVER_ASSOCIATIONS.set_function(
+        lambda: sum(isinstance(thread, ReceivingAssociation) for thread in threading.enumerate())
+    )
+
+
 def remove_leftovers(store: StudyStore) -> None:
     """Remove what an earlier process was writing when it ended: none of it was ever acknowledged."""
     leftovers = list(store.leftovers())
@@ -75,6 +100,7 @@ class _Publisher:
         if self._bus is None:
             self._bus = open_bus(self._config)
         self._bus.publish(event)
+        RECEIVER_SERIES_CLOSED.labels(event.close_reason).inc()
 
     def close(self) -> None:
         """Let go of the bus."""

@@ -6,8 +6,15 @@ from dataclasses import replace
 
 from herald.bus import handle, open_bus
 from herald.config import Config, version
-from herald.errors import ServingError
-from herald.events import Event, SeriesReceived
+from herald.errors import ServingError, ServingUnavailable, SignatureMismatch
+from herald.events import Event, SeriesReceived, SeriesTriaged
+from herald.metrics import (
+    ROUTER_DISAGREEMENTS,
+    ROUTER_MODEL_ERRORS,
+    ROUTER_SERIES,
+    ROUTER_STEP_SECONDS,
+    ROUTER_TRIAGE_SECONDS,
+)
 from herald.store import StudyStore
 from router.inference import InferenceClient
 from router.triage import failed, triage_series
@@ -27,8 +34,14 @@ def serve(config: Config, stop: threading.Event) -> None:
 
     def triage(event: Event) -> None:
         assert isinstance(event, SeriesReceived)
-        triaged = replace(triage_series(event, store, client, config.router), config_version=config_version)
+        try:
+            triaged = triage_series(event, store, client, config.router)
+        except ServingError as error:
+            ROUTER_MODEL_ERRORS.labels(_kind(error)).inc()
+            raise
+        triaged = replace(triaged, config_version=config_version)
         bus.publish(triaged)
+        _count(triaged)
         log.info(
             "series %s revision %d: %s%s %s",
             event.series_instance_uid,
@@ -49,7 +62,9 @@ def serve(config: Config, stop: threading.Event) -> None:
 
     def give_up(event: Event, error: BaseException) -> None:
         assert isinstance(event, SeriesReceived)
-        bus.publish(replace(failed(event, error), config_version=config_version))
+        given_up = replace(failed(event, error), config_version=config_version)
+        bus.publish(given_up)
+        _count(given_up)
 
     try:
         with signs_of_life(config):
@@ -58,6 +73,32 @@ def serve(config: Config, stop: threading.Event) -> None:
     finally:
         client.close()
         bus.close()
+
+
+def _count(triaged: SeriesTriaged) -> None:
+    """Count a disposition, and how long its steps took; clocks of two hosts may make a step seem negative."""
+    ROUTER_SERIES.labels(triaged.disposition).inc()
+    for head in triaged.disagreements:
+        ROUTER_DISAGREEMENTS.labels(head).inc()
+    before = triaged.last_image_at
+    for step, at in (
+        ("complete", triaged.received_at),
+        ("taken_up", triaged.started_at),
+        ("classified", triaged.classified_at),
+        ("detected", triaged.detected_at),
+        ("decided", triaged.occurred_at),
+    ):
+        if before is not None and at is not None:
+            ROUTER_STEP_SECONDS.labels(step).observe(max((at - before).total_seconds(), 0.0))
+        before = at or before
+    if triaged.last_image_at is not None:
+        ROUTER_TRIAGE_SECONDS.observe(max((triaged.occurred_at - triaged.last_image_at).total_seconds(), 0.0))
+
+
+def _kind(error: ServingError) -> str:
+    if isinstance(error, ServingUnavailable):
+        return "unavailable"
+    return "mismatch" if isinstance(error, SignatureMismatch) else "refused"
 
 
 def _log_models(client: InferenceClient) -> None:

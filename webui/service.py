@@ -14,8 +14,10 @@ from herald.config import Config
 from herald.errors import ConfigError, LedgerError
 from herald.ledger import Ledger
 from herald.store import StudyStore
+from webui import blind
 from webui.app import create_app
 from webui.context import EXTENSION, Context
+from webui.measured import measure
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ def serve(config: Config, stop: threading.Event) -> None:
     """Serve until `stop` is set, then finish the requests under way; raises ConfigError when it cannot listen."""
     ledger, store, bus = Ledger(config.ledger), StudyStore(config.store), open_bus(config.bus)
     app = create_app(config, ledger, store, bus)
+    measure(app)
     parts: Context = app.extensions[EXTENSION]
     sockets: dict[int, Any] = {}
     try:
@@ -72,6 +75,7 @@ def _background(ledger: Ledger, parts: Context, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             ledger.create_tables()
+            blind.draw_missing(parts.config, ledger)
             break
         except LedgerError as error:
             if not outage:
