@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[i
 
 from herald.config import ServingConfig
 from herald.errors import ConfigError
+from herald.metrics import CountedRequests
 from herald.signatures import SIGNATURE_NAME, SIGNATURES
 from herald.tensors import Array, data_type_word, read_shape, read_tensor, write_tensor
 from serving.executor import ExecutionError, ExecutorOptions
@@ -310,6 +311,7 @@ class ModelServer:
         self._server = grpc.server(
             ThreadPoolExecutor(MAX_CONCURRENT_RPCS, thread_name_prefix="serving"),
             maximum_concurrent_rpcs=MAX_CONCURRENT_RPCS,
+            interceptors=[CountedRequests()],
             options=[
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.max_send_message_length", -1),
