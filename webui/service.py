@@ -14,7 +14,6 @@ from herald.config import Config
 from herald.errors import ConfigError, LedgerError
 from herald.ledger import Ledger
 from herald.store import StudyStore
-from webui import blind
 from webui.app import create_app
 from webui.context import EXTENSION, Context
 from webui.measured import measure
@@ -75,7 +74,6 @@ def _background(ledger: Ledger, parts: Context, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             ledger.create_tables()
-            blind.draw_missing(parts.config, ledger)
             break
         except LedgerError as error:
             if not outage:
