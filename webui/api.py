@@ -9,7 +9,7 @@ from flask.typing import ResponseReturnValue
 from herald.config import required_secret
 from herald.errors import EventDecodeError, HeraldError
 from herald.events import SeriesTriaged, event_from_json
-from webui import record
+from webui import blind, record
 from webui.context import context
 from webui.session import address, public
 
@@ -37,7 +37,7 @@ def put_result(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     problem = _problem(event)
     if problem:
         return _error(400, problem)
-    created = record.upsert_result(context().ledger, event)
+    created = record.upsert_result(context().ledger, event, blind.drawn(context().config, event))
     return jsonify(series_instance_uid=series_instance_uid, revision=revision, created=created), 201 if created else 200
 
 

@@ -1,12 +1,15 @@
 """The link of a pager page: the finding without images, and an acknowledgement without log-in."""
 
-from flask import Blueprint, flash, redirect, render_template, request, url_for
+from typing import cast
+
+from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_login import current_user  # type: ignore[import-untyped]
 
 from herald.errors import LinkError
+from herald.events import Action
 from herald.links import ReviewLink, follow_link
-from webui import record, words
+from webui import blind, record, series, viewer, words
 from webui.context import context
 from webui.session import address, public, user
 
@@ -28,11 +31,15 @@ def show(token: str) -> ResponseReturnValue:
     if result is None:
         return render_template("page/waiting.html"), 404
     study = record.find_analysed(parts.ledger, link.study_instance_uid)
+    if current_user.is_authenticated:  # whoever comes by the link knows the finding
+        blind.note_shown(result.event)
     return render_template(
         "page/show.html",
         token=token,
         result=result,
         event=result.event,
+        stack=viewer.find_stack(result.event)[0] if current_user.is_authenticated else None,
+        may_review=_may_review(),
         asks_name=_who() == ANYBODY,
         longest_name=LONGEST_NAME,
         newest=record.newest_revision(parts.ledger, link.series_instance_uid),
@@ -44,13 +51,16 @@ def show(token: str) -> ResponseReturnValue:
 @blueprint.post("/<token>")
 @public
 def acknowledge(token: str) -> ResponseReturnValue:
-    """I say that I have seen the page, so that nobody else is paged; or I am told who was faster."""
+    """I say that I have seen the page, and logged in whether it is right; or I am told who was faster."""
     parts = context()
     link = _follow(token)
     result = record.find_result(parts.ledger, link.series_instance_uid, link.revision)
     if result is None:
         return render_template("page/waiting.html"), 404
     who = _who()
+    verdict = request.form.get("verdict", "")
+    if verdict:  # here and not at the series: this address is its own proof against forged forms
+        return _judge(result, verdict)
     given = record.add_review(parts.ledger, result.event, "acknowledge", who, prediction_shown=True)
     parts.publisher.wake()
     study = link.study_instance_uid
@@ -60,6 +70,20 @@ def acknowledge(token: str) -> ResponseReturnValue:
     else:
         flash(f"{given.reader} was first, at {words.clock(given.at)}. That you have seen it is recorded too.")
     return redirect(url_for(".show", token=token), 303)
+
+
+def _judge(result: record.Result, verdict: str) -> ResponseReturnValue:
+    if not _may_review():
+        abort(403)
+    if verdict not in record.VERDICTS:
+        abort(400)
+    event, action = result.event, cast(Action, verdict)
+    record.add_review(context().ledger, event, action, user().name, prediction_shown=True)
+    context().publisher.wake()
+    flash(f"Recorded: {words.ACTIONS[action]}.")
+    describe = 1 if series.is_bleed(action, event) else None
+    here = {"series_instance_uid": event.series_instance_uid, "revision": event.revision}
+    return redirect(url_for("series.show", **here, describe=describe), 303)
 
 
 @blueprint.errorhandler(LinkError)
@@ -72,6 +96,10 @@ def _follow(token: str) -> ReviewLink:
     parts = context()
     with parts.ledger.read() as connection:
         return follow_link(parts.config.webui, connection, token)
+
+
+def _may_review() -> bool:
+    return current_user.is_authenticated and user().role in ("reader", "admin")
 
 
 def _same_series(result: record.Result, link: ReviewLink) -> bool:

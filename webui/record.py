@@ -1,30 +1,57 @@
 """The web UI's statements on the ledger: `results`, `reviews` and `audit` are its own, the rest it only reads."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any, Literal
 from uuid import uuid4
 
 import msgspec
-from sqlalchemy import ColumnElement, RowMapping, and_, exists, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    and_,
+    case,
+    exists,
+    false,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from herald.events import Action, SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import Ledger, audit, pages, results, reviews, series
 
 PAGE_SIZE = 50
+_COMPLETED_AT_ONCE = 500
 VERDICTS = ("agree", "disagree", "unsure")
 ANALYSED = ("positive", "negative")
+
+Blind = Literal["", "shadow", "chosen"]
+OPEN: Blind = ""
+SHADOW: Blind = "shadow"
+CHOSEN: Blind = "chosen"
+
+VIEW_SERIES = "view-series"
+VIEW_PREDICTION = "view-prediction"
+"""Audit action of the first time that a prediction is shown to a user."""
 
 _newer = results.alias("newer")
 _NEWEST = ~exists().where(
     _newer.c.series_instance_uid == results.c.series_instance_uid, _newer.c.revision > results.c.revision
 )
+_LISTED = results.c.superseded.is_not(True)  # null is a row of an earlier version, until `complete_results`
 _UNACKNOWLEDGED_POSITIVE = and_(results.c.disposition == "positive", results.c.acknowledged_at.is_(None))
 _OF_RESULT = and_(
     reviews.c.series_instance_uid == results.c.series_instance_uid, reviews.c.revision == results.c.revision
 )
+_COUNTS = and_(reviews.c.action.in_(VERDICTS), reviews.c.undone_at.is_(None))
 
 
 @dataclass(frozen=True)
@@ -40,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Review:
-    """One acknowledgement or verdict of one reader."""
+    """One acknowledgement or verdict of one reader; one that was taken back counts no more."""
 
     review_id: str
     action: Action
@@ -49,6 +76,12 @@ class Review:
     reader: str
     prediction_shown: bool
     occurred_at: datetime
+    undone_at: datetime | None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a verdict that was not taken back."""
+        return self.action in VERDICTS and self.undone_at is None
 
 
 @dataclass(frozen=True)
@@ -65,16 +98,26 @@ class WorklistRow:
     """One line of the worklist; `hidden` means that this reader must judge before the prediction is shown."""
 
     result: Result
+    leading_finding: str | None
     verdict: Review | None
     hidden: bool
+    blind: Blind
 
 
 @dataclass(frozen=True)
 class WorklistQuery:
-    """What the reader asked of the worklist; `blind_reader` sees a prediction only after a verdict of their own."""
+    """What the reader asked of the worklist; from `blind_reader` the predictions of blind series are hidden.
+
+    `finding` is the leading one; `since` and `until` are days in UTC on which it was decided, both included.
+    """
 
     disposition: str = ""
+    finding: str = ""
+    scanner: str = ""
+    since: date | None = None
+    until: date | None = None
     unreviewed: bool = False
+    disagreement: bool = False
     search: str = ""
     page: int = 1
     blind_reader: str = ""
@@ -82,13 +125,18 @@ class WorklistQuery:
 
 @dataclass(frozen=True)
 class Worklist:
-    """One page of the worklist; `total` counts every row that matches, `unacknowledged` every such positive."""
+    """One page of the worklist; `total` counts every row that matches.
+
+    `unacknowledged` counts all positives that wait for somebody, matching or not; `newest_positive_at` is when the last
+    of them was posted.
+    """
 
     rows: tuple[WorklistRow, ...]
     total: int
     page: int
     page_count: int
     unacknowledged: int
+    newest_positive_at: datetime | None
 
 
 @dataclass(frozen=True)
@@ -107,9 +155,8 @@ class InFlight:
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def upsert_result(ledger: Ledger, event: SeriesTriaged) -> bool:
-    """Keep the result of a series revision; True when it is new. An acknowledgement already given stays."""
-    body = json.loads(event.to_json())
+def upsert_result(ledger: Ledger, event: SeriesTriaged, blind: Blind = OPEN) -> bool:
+    """Keep the result of a series revision; True when it is new. What was given and decided already stays."""
     values = {
         "study_instance_uid": event.study_instance_uid,
         "accession_number": event.accession_number[:16],  # VR SH, PS3.5 6.2; a longer one stays whole in the event
@@ -117,23 +164,63 @@ def upsert_result(ledger: Ledger, event: SeriesTriaged) -> bool:
         "disposition": event.disposition,
         "probability": study_probability(event),
         "uncertain": event.uncertain,
-        "event": body,
+        "event": json.loads(event.to_json()),
         "triaged_at": event.occurred_at,
+        "leading_finding": leading_finding(event),
+        "disagreement": bool(event.disagreements),
     }
-    same = and_(results.c.series_instance_uid == event.series_instance_uid, results.c.revision == event.revision)
+    of_series = results.c.series_instance_uid == event.series_instance_uid
+    same = and_(of_series, results.c.revision == event.revision)
     with ledger.begin() as connection:
+        if connection.dialect.name == "postgresql":  # else two revisions at once would not see one another
+            connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(event.series_instance_uid))))
         # the update comes first: on SQLite it takes the write lock, so that two posts cannot both insert
-        if connection.execute(update(results).where(same).values(values)).rowcount:
-            return False
-        connection.execute(
-            insert(results).values(
-                **values,
-                series_instance_uid=event.series_instance_uid,
-                revision=event.revision,
-                posted_at=utc_now(),
+        known = bool(connection.execute(update(results).where(same).values(values)).rowcount)
+        if not known:
+            connection.execute(
+                insert(results).values(
+                    **values,
+                    series_instance_uid=event.series_instance_uid,
+                    revision=event.revision,
+                    posted_at=utc_now(),
+                    blind=blind,
+                )
             )
-        )
-        return True
+        connection.execute(update(results).where(of_series).values(superseded=~_NEWEST))
+    return not known
+
+
+def complete_results(ledger: Ledger) -> int:
+    """Fill in what an earlier version did not write of its results; gives their number."""
+    missing = select(results.c.series_instance_uid, results.c.revision, results.c.event).where(
+        or_(results.c.superseded.is_(None), results.c.disagreement.is_(None))
+    )
+    completed = 0
+    while True:
+        with ledger.begin() as connection:
+            rows = connection.execute(missing.limit(_COMPLETED_AT_ONCE)).all()
+            for uid, revision, body in rows:
+                event = msgspec.convert(body, SeriesTriaged)
+                connection.execute(
+                    update(results)
+                    .where(results.c.series_instance_uid == uid, results.c.revision == revision)
+                    .values(
+                        superseded=~_NEWEST,
+                        leading_finding=leading_finding(event),
+                        disagreement=bool(event.disagreements),
+                    )
+                )
+        completed += len(rows)
+        if not rows:
+            return completed
+
+
+def leading_finding(event: SeriesTriaged) -> str | None:
+    """The most probable kind of haemorrhage of a positive; None for every other disposition."""
+    kinds = [finding for finding in event.findings if finding.kind != "any"] or list(event.findings)
+    if event.disposition != "positive" or not kinds:
+        return None
+    return max(kinds, key=lambda finding: finding.probability).kind[:16]
 
 
 def study_probability(event: SeriesTriaged) -> float | None:
@@ -189,40 +276,56 @@ def _result(row: RowMapping) -> Result:
 
 
 def find_worklist(ledger: Ledger, query: WorklistQuery) -> Worklist:
-    """The newest revision of every series that matches: positives not yet acknowledged first, then newest.
+    """The newest revision of every series that matches: positives nobody acknowledged, oldest first; then newest first.
 
-    For a blind reader the order is by time alone, since the order would tell the prediction.
+    What is hidden from a blind reader is in the order of time alone, since any other would tell the prediction.
     """
     matching = _matching(query)
-    first = [] if query.blind_reader else [_UNACKNOWLEDGED_POSITIVE.desc()]
-    order = [*first, results.c.triaged_at.desc(), results.c.series_instance_uid]
+    urgent = _urgent(query.blind_reader)
     with ledger.read() as connection:
         total = connection.execute(select(func.count()).select_from(results).where(*matching)).scalar_one()
         page_count = max(1, -(-total // PAGE_SIZE))
         page = min(max(query.page, 1), page_count)
-        statement = select(results).where(*matching).order_by(*order).limit(PAGE_SIZE).offset((page - 1) * PAGE_SIZE)
-        found = [_result(row) for row in connection.execute(statement).mappings()]
-        unacknowledged = connection.execute(
-            select(func.count()).select_from(results).where(_NEWEST, _UNACKNOWLEDGED_POSITIVE)
-        ).scalar_one()
-    given = _verdicts(ledger, [result.event.series_instance_uid for result in found])
+        # keys by the index first, then the rows of one page: sorting whole rows would read every event
+        keys = select(results.c.series_instance_uid, results.c.revision).where(*matching).order_by(*_order(urgent))
+        places = {
+            (row[0], row[1]): place
+            for place, row in enumerate(connection.execute(keys.limit(PAGE_SIZE).offset((page - 1) * PAGE_SIZE)))
+        }
+        found = _rows(connection, places, query.blind_reader)
+        unacknowledged, newest_positive_at = connection.execute(
+            select(func.count(), func.max(results.c.posted_at)).where(_LISTED, urgent)
+        ).one()
+    found.sort(key=lambda row: places[row["series_instance_uid"], row["revision"]])
+    given = _verdicts(ledger, [row["series_instance_uid"] for row in found])
     rows = []
-    for result in found:
-        verdicts = given.get((result.event.series_instance_uid, result.event.revision), [])
-        own = any(review.reader == query.blind_reader for review in verdicts)
-        hidden = bool(query.blind_reader) and result.event.disposition in ANALYSED and not own
-        rows.append(WorklistRow(result, verdicts[-1] if verdicts else None, hidden))
-    return Worklist(tuple(rows), total, page, page_count, unacknowledged)
+    for row in found:
+        verdicts = given.get((row["series_instance_uid"], row["revision"]), [])
+        rows.append(
+            WorklistRow(
+                result=_result(row),
+                leading_finding=row["leading_finding"],
+                verdict=verdicts[-1] if verdicts else None,
+                hidden=bool(row["hidden"]),
+                blind=row["blind"] or OPEN,
+            )
+        )
+    return Worklist(tuple(rows), total, page, page_count, unacknowledged, newest_positive_at)
+
+
+def _rows(connection: Connection, keys: Collection[tuple[str, int]], reader: str) -> list[RowMapping]:
+    key = tuple_(results.c.series_instance_uid, results.c.revision)
+    statement = select(results, hidden_from(reader).label("hidden")).where(key.in_(keys))
+    return list(connection.execute(statement).mappings())
 
 
 def next_unread(ledger: Ledger, after: str, blind_reader: str) -> tuple[str, int] | None:
     """Series and revision that should be read next, other than series `after`; None when nothing is left."""
     query = WorklistQuery(disposition="analysed", unreviewed=True, blind_reader=blind_reader)
-    first = [] if blind_reader else [_UNACKNOWLEDGED_POSITIVE.desc()]
     statement = (
         select(results.c.series_instance_uid, results.c.revision)
         .where(*_matching(query), results.c.series_instance_uid != after)
-        .order_by(*first, results.c.triaged_at.desc(), results.c.series_instance_uid)
+        .order_by(*_order(_urgent(blind_reader)))
         .limit(1)
     )
     with ledger.read() as connection:
@@ -230,16 +333,82 @@ def next_unread(ledger: Ledger, after: str, blind_reader: str) -> tuple[str, int
     return (row[0], row[1]) if row else None
 
 
+def find_scanners(ledger: Ledger) -> list[str]:
+    """The names of the scanners that results came from."""
+    statement = select(results.c.scanner).distinct().where(_LISTED, results.c.scanner != "")
+    with ledger.read() as connection:
+        return sorted(connection.execute(statement).scalars())
+
+
+def worklist_version(ledger: Ledger) -> str:
+    """A text that is another one whenever something has changed that a worklist shows."""
+    of_results = (
+        select(
+            results.c.disposition,
+            func.count(),
+            func.count(results.c.acknowledged_at),
+            func.max(results.c.triaged_at),
+            func.max(results.c.posted_at),
+            func.max(results.c.acknowledged_at),
+            func.sum(results.c.probability),
+        )
+        .where(_LISTED)
+        .group_by(results.c.disposition)
+        .order_by(results.c.disposition)
+    )
+    of_reviews = select(
+        func.count(), func.max(reviews.c.occurred_at), func.count(reviews.c.undone_at), func.max(reviews.c.undone_at)
+    )
+    in_flight = select(
+        func.count(),
+        func.sum(series.c.instance_count),
+        func.count(series.c.closed_at),
+        func.count(series.c.published_at),
+        func.max(series.c.last_image_at),
+    )
+    with ledger.read() as connection:
+        seen = [connection.execute(statement).all() for statement in (of_results, of_reviews, in_flight)]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+
+
+def _urgent(reader: str) -> ColumnElement[bool]:
+    """Whether a row waits at the top: a positive that nobody has acknowledged and that this reader may see."""
+    return and_(_UNACKNOWLEDGED_POSITIVE, ~hidden_from(reader))
+
+
+def _order(urgent: ColumnElement[bool]) -> list[ColumnElement[Any]]:
+    """Who has waited longest comes first; the rest is newest first."""
+    waiting_since = case((urgent, results.c.triaged_at))
+    return [
+        waiting_since.is_(None),
+        waiting_since,
+        results.c.triaged_at.desc(),
+        results.c.series_instance_uid,
+    ]
+
+
 def _matching(query: WorklistQuery) -> list[ColumnElement[bool]]:
-    matching: list[ColumnElement[bool]] = [_NEWEST]
+    matching: list[ColumnElement[bool]] = [_LISTED]
     if query.disposition == "analysed":
         matching.append(results.c.disposition.in_(ANALYSED))
     elif query.disposition:
         matching.append(results.c.disposition == query.disposition)
+    if query.finding:
+        matching.append(results.c.leading_finding == query.finding)
+    if query.finding or query.disposition in ANALYSED:
+        matching.append(~hidden_from(query.blind_reader))  # else the filter would tell the prediction
+    if query.scanner:
+        matching.append(results.c.scanner == query.scanner)
+    if query.since:
+        matching.append(results.c.triaged_at >= datetime.combine(query.since, time.min, UTC))
+    if query.until:
+        matching.append(results.c.triaged_at <= datetime.combine(query.until, time.max, UTC))
+    if query.disagreement:
+        matching.append(results.c.disagreement.is_(True))
     if query.unreviewed:
-        read = exists().where(_OF_RESULT, reviews.c.action.in_(VERDICTS))
-        if query.blind_reader:
-            read = read.where(reviews.c.reader == query.blind_reader)
+        read = exists().where(_OF_RESULT, _COUNTS)
+        if query.blind_reader:  # in shadow mode every reader reads for themselves
+            read = read.where(or_(reviews.c.reader == query.blind_reader, results.c.blind.is_distinct_from(SHADOW)))
         matching.append(~read)
     if query.search:
         matching.append(
@@ -257,10 +426,14 @@ def find_in_flight(ledger: Ledger, limit: int = 20) -> tuple[list[InFlight], int
     done = exists().where(
         results.c.series_instance_uid == series.c.series_instance_uid, results.c.revision >= series.c.revision
     )
-    statement = select(series).where(~done).order_by(series.c.last_image_at.desc()).limit(limit)
+    statement = (
+        select(series, func.count().over().label("total"))
+        .where(~done)
+        .order_by(series.c.last_image_at.desc())
+        .limit(limit)
+    )
     with ledger.read() as connection:
         rows = connection.execute(statement).mappings().all()
-        count = connection.execute(select(func.count()).select_from(series).where(~done)).scalar_one()
     return [
         InFlight(
             series_instance_uid=row["series_instance_uid"],
@@ -272,13 +445,84 @@ def find_in_flight(ledger: Ledger, limit: int = 20) -> tuple[list[InFlight], int
             step=_step(row),
         )
         for row in rows
-    ], count
+    ], rows[0]["total"] if rows else 0
 
 
 def _step(row: RowMapping) -> str:
     if row["closed_at"] is None:
         return "receiving images"
     return "complete, waiting for the bus" if row["published_at"] is None else "in analysis"
+
+
+# --- blind reading ---------------------------------------------------------------------------------------------------
+
+
+def hidden_from(reader: str) -> ColumnElement[bool]:
+    """Whether this reader must judge a row of `results` before its prediction is shown; no reader: never."""
+    if not reader:
+        return false()
+    judged = exists().where(_OF_RESULT, _COUNTS, reviews.c.reader == reader)
+    return and_(_unseen_by(reader), ~judged)
+
+
+def _unseen_by(reader: str) -> ColumnElement[bool]:
+    """Whether a row of `results` is read blind and its prediction has not been shown to this reader."""
+    shown = exists().where(
+        audit.c.series_instance_uid == results.c.series_instance_uid,
+        audit.c.action == VIEW_PREDICTION,
+        audit.c.user == reader[:64],
+    )
+    # in live mode a positive waits for nobody: until somebody has acknowledged it, it is shown to everybody
+    live = and_(results.c.blind == CHOSEN, ~_UNACKNOWLEDGED_POSITIVE)
+    return and_(or_(results.c.blind == SHADOW, live), results.c.disposition.in_(ANALYSED), ~shown)
+
+
+def is_hidden(ledger: Ledger, event: SeriesTriaged, reader: str) -> bool:
+    """Whether this reader must judge before the prediction is shown."""
+    return _holds(ledger, event, hidden_from(reader))
+
+
+def is_unseen(ledger: Ledger, event: SeriesTriaged, reader: str) -> bool:
+    """Whether the series is read blind and this reader has not been shown its prediction, judged or not."""
+    return _holds(ledger, event, _unseen_by(reader) if reader else false())
+
+
+def _holds(ledger: Ledger, event: SeriesTriaged, condition: ColumnElement[bool]) -> bool:
+    statement = select(results.c.revision).where(
+        results.c.series_instance_uid == event.series_instance_uid, results.c.revision == event.revision, condition
+    )
+    with ledger.read() as connection:
+        return connection.execute(statement).first() is not None
+
+
+def note_shown(ledger: Ledger, user: str, address: str, events: Sequence[SeriesTriaged]) -> None:
+    """Note in the audit that a user is shown the predictions of these series, unless that is noted already."""
+    if not events:
+        return
+    noted = select(audit.c.series_instance_uid).where(
+        audit.c.series_instance_uid.in_([event.series_instance_uid for event in events]),
+        audit.c.action == VIEW_PREDICTION,
+        audit.c.user == user[:64],
+    )
+    with ledger.read() as connection:
+        known = set(connection.execute(noted).scalars())
+    for event in events:
+        if event.series_instance_uid not in known:
+            add_audit(ledger, user, address, VIEW_PREDICTION, event.study_instance_uid, event.series_instance_uid)
+
+
+def find_undecided(ledger: Ledger) -> list[SeriesTriaged]:
+    """Results of which nobody has decided whether they are read blind: an earlier version posted them."""
+    with ledger.read() as connection:
+        found = connection.execute(select(results.c.event).where(results.c.blind.is_(None))).scalars()
+        return [msgspec.convert(event, SeriesTriaged) for event in found]
+
+
+def set_blind(ledger: Ledger, event: SeriesTriaged, blind: Blind) -> None:
+    """Decide whether a result is read blind, unless that is decided."""
+    same = and_(results.c.series_instance_uid == event.series_instance_uid, results.c.revision == event.revision)
+    with ledger.begin() as connection:
+        connection.execute(update(results).where(same, results.c.blind.is_(None)).values(blind=blind))
 
 
 # --- reviews ---------------------------------------------------------------------------------------------------------
@@ -298,9 +542,14 @@ def add_review(
 
     Of several readers at once one is first, and everybody is told the same one. Every review is kept, so that a reader
     who was second can still stop a page. A later revision of the same series stays unacknowledged: this reader has not
-    seen it.
+    seen it. When the reader first opened the series is taken from the audit.
     """
     now = utc_now()
+    opened_at = select(func.min(audit.c.occurred_at)).where(
+        audit.c.series_instance_uid == event.series_instance_uid,
+        audit.c.action == VIEW_SERIES,
+        audit.c.user == reader[:64],
+    )
     own = and_(results.c.series_instance_uid == event.series_instance_uid, results.c.revision == event.revision)
     later = and_(results.c.series_instance_uid == event.series_instance_uid, results.c.revision > event.revision)
     with ledger.begin() as connection:
@@ -317,6 +566,7 @@ def add_review(
                 reader=reader[:64],
                 prediction_shown=prediction_shown,
                 occurred_at=now,
+                opened_at=opened_at.scalar_subquery(),
             )
         )
         # the condition decides who is first: PostgreSQL asks it again after waiting for whoever was faster
@@ -334,8 +584,23 @@ def add_review(
     )
 
 
+def undo_verdict(ledger: Ledger, event: SeriesTriaged, reader: str) -> bool:
+    """Take back whatever this reader said of a series revision; False when there was nothing.
+
+    The rows stay and count no more. An acknowledgement stays one: paging has ended, and the bus has told of it.
+    """
+    statement = update(reviews).where(
+        reviews.c.series_instance_uid == event.series_instance_uid,
+        reviews.c.revision == event.revision,
+        reviews.c.reader == reader[:64],
+        _COUNTS,
+    )
+    with ledger.begin() as connection:
+        return connection.execute(statement.values(undone_at=utc_now())).rowcount > 0
+
+
 def find_reviews(ledger: Ledger, series_instance_uid: str, revision: int) -> list[Review]:
-    """The reviews of one series revision, oldest first."""
+    """The reviews of one series revision, oldest first, with those that were taken back."""
     statement = (
         select(reviews)
         .where(reviews.c.series_instance_uid == series_instance_uid, reviews.c.revision == revision)
@@ -372,7 +637,7 @@ def mark_published(ledger: Ledger, review_id: str) -> None:
 def _verdicts(ledger: Ledger, series_instance_uids: Sequence[str]) -> dict[tuple[str, int], list[Review]]:
     statement = (
         select(reviews)
-        .where(reviews.c.series_instance_uid.in_(series_instance_uids), reviews.c.action.in_(VERDICTS))
+        .where(reviews.c.series_instance_uid.in_(series_instance_uids), _COUNTS)
         .order_by(reviews.c.occurred_at)
     )
     given: dict[tuple[str, int], list[Review]] = {}
@@ -391,6 +656,7 @@ def _review(row: RowMapping) -> Review:
         reader=row["reader"],
         prediction_shown=row["prediction_shown"],
         occurred_at=row["occurred_at"],
+        undone_at=row["undone_at"],
     )
 
 

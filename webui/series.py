@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import cast
+from typing import Any, cast
 
 from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
@@ -10,7 +10,7 @@ from flask.typing import ResponseReturnValue
 from herald.events import Action, Finding, SeriesTriaged
 from herald.signatures import FINDINGS, HEADS
 from herald.volume import WINDOWS
-from webui import record, viewer, words
+from webui import blind, record, viewer, words
 from webui.context import context
 from webui.picture import Stack
 from webui.record import Result, Review
@@ -19,6 +19,9 @@ from webui.session import address, allow, user
 blueprint = Blueprint("series", __name__, url_prefix="/series")
 
 LONGEST_NOTE = 2000
+KINDS = {"iph": "i", "ivh": "v", "sah": "s", "edh_sdh": "e", "any": "o"}
+"""Kinds of haemorrhage that a reader can state, with the key of each."""
+REVEALED = " The prediction is shown now."
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ class FindingRow:
 
     finding: Finding
     shown_slice: int | None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one reader said, as another may read it; blind readers read their own words again."""
+
+    review: Review
+    text: str
 
 
 @dataclass(frozen=True)
@@ -65,73 +76,176 @@ def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     parts = context()
     result = viewer.result_of(series_instance_uid, revision)
     event = result.event
-    given = record.find_reviews(parts.ledger, series_instance_uid, revision)
-    blind = viewer.is_blind(event, given)
+    describes = "describe" in request.args
+    # who still says what kind it is has not been shown the prediction
+    hidden = _is_unseen(event) if describes else blind.is_hidden(event)
     record.add_audit(
-        parts.ledger, user().name, address(), "view-series", event.study_instance_uid, event.series_instance_uid
+        parts.ledger, user().name, address(), record.VIEW_SERIES, event.study_instance_uid, event.series_instance_uid
     )
+    if not hidden:
+        blind.note_shown(event)
     stack, no_picture = viewer.find_stack(event)
-    pages = [] if blind else record.find_pages(parts.ledger, event.study_instance_uid)
+    given = [] if hidden else record.find_reviews(parts.ledger, series_instance_uid, revision)
+    pages = [] if hidden else record.find_pages(parts.ledger, event.study_instance_uid)
     return render_template(
         "series/show.html",
-        result=result,
-        event=event,
-        blind=blind,
-        may_review=user().role in ("reader", "admin"),
         newest=record.newest_revision(parts.ledger, series_instance_uid),
         stack=stack,
         no_picture=no_picture,
-        shown=viewer.shown_first(stack, blind) if stack else None,
+        shown=viewer.shown_first(stack, hidden) if stack else None,
         window=viewer.window_of(stack),
-        mask=request.args.get("mask") != "0" and not blind and stack is not None and stack.mask is not None,
+        mask=request.args.get("mask") != "0" and not hidden and stack is not None and stack.mask is not None,
         windows=WINDOWS,
-        findings=[] if blind else _findings(event, stack),
+        findings=[] if hidden else _findings(event, stack),
         heads=_heads(event),
-        timeline=_timeline(result, [] if blind else given, pages),
+        timeline=_timeline(result, given, pages),
         pages=pages,
-        reviews=[review for review in given if not blind or review.reader == user().name],
-        kinds=FINDINGS,
+        **_read(result, hidden, describes),
     )
 
 
 @blueprint.post("/<series_instance_uid>/<int:revision>/review")
 @allow("reader", "admin")
 def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
-    """I acknowledge, or say whether Herald was right and what I saw."""
+    """I acknowledge, or say whether Herald was right, or before I see that, what there is."""
     parts = context()
     event = viewer.result_of(series_instance_uid, revision).event
-    blind = viewer.is_blind(event, record.find_reviews(parts.ledger, series_instance_uid, revision))
-    kind = request.form.get("finding_kind", "") or None
-    note = request.form.get("note", "").strip() or None
+    unseen = _is_unseen(event)
     verdict = request.form.get("verdict", "")
-    action = _action(verdict, event, blind)
-    if action is None or (kind is not None and kind not in FINDINGS) or len(note or "") > LONGEST_NOTE:
+    action, (kind, note) = _action(verdict, event, unseen), _kind_and_note()
+    if action is None:
         abort(400)
+    asks_kind = kind is None and is_bleed(action, event)
     if verdict == "haemorrhage":
         kind = kind or "any"
     elif verdict == "no_haemorrhage":
         kind = None
     given = record.add_review(
-        parts.ledger, event, action, user().name, prediction_shown=not blind, finding_kind=kind, note=note
+        parts.ledger, event, action, user().name, prediction_shown=not unseen, finding_kind=kind, note=note
     )
     parts.publisher.wake()
-    said = (
-        f"Recorded: {words.ACTIONS[action]}." if not blind or action == "acknowledge" else "Your verdict is recorded."
+    if action == "acknowledge":
+        said = f"Recorded: {words.ACTIONS[action]}."
+        if not given.first and given.reader != user().name:
+            said += f" {given.reader} was first, at {words.clock(given.at)}."
+        return _answer(event, said)
+    said = "Your verdict is recorded." if unseen else f"Recorded: {words.ACTIONS[action]}."
+    if unseen and not asks_kind:
+        said += REVEALED
+    return _answer(event, said, describes=asks_kind)
+
+
+@blueprint.post("/<series_instance_uid>/<int:revision>/review/description")
+@allow("reader", "admin")
+def describe(series_instance_uid: str, revision: int) -> ResponseReturnValue:
+    """I add to my verdict what kind of bleed I saw, and a note; the verdict as it was stays in the record."""
+    parts = context()
+    event = viewer.result_of(series_instance_uid, revision).event
+    kind, note = _kind_and_note()
+    own = _own_verdict(record.find_reviews(parts.ledger, series_instance_uid, revision))
+    if own is None:
+        return _answer(event, "Nothing was added: you have given no verdict, or taken it back.")
+    unseen = _is_unseen(event)
+    described = (kind or own.finding_kind, note or own.note)
+    if described != (own.finding_kind, own.note):
+        record.add_review(
+            parts.ledger,
+            event,
+            own.action,
+            user().name,
+            prediction_shown=not unseen,
+            finding_kind=described[0],
+            note=described[1],
+        )
+        parts.publisher.wake()
+    said = f"Recorded: {_words(own.action, event, unseen)}"
+    if described[0]:
+        said += f", {words.FINDINGS[described[0]].lower()}"
+    return _answer(event, f"{said}.{REVEALED if unseen else ''}")
+
+
+@blueprint.post("/<series_instance_uid>/<int:revision>/review/undo")
+@allow("reader", "admin")
+def undo(series_instance_uid: str, revision: int) -> ResponseReturnValue:
+    """I take back my verdict."""
+    event = viewer.result_of(series_instance_uid, revision).event
+    if not record.undo_verdict(context().ledger, event, user().name):
+        return _answer(event, "There is no verdict of yours to take back.")
+    return _answer(
+        event,
+        "Your verdict is taken back: it counts no more, and stays in the record. "
+        "The study stays acknowledged: paging that it ended does not begin again.",
     )
-    shown = " The prediction is shown now." if blind and action != "acknowledge" else ""
-    if action == "acknowledge" and not given.first and given.reader != user().name:
-        said += f" {given.reader} was first, at {words.clock(given.at)}."
-    flash(said + shown)
-    return redirect(url_for(".show", series_instance_uid=series_instance_uid, revision=revision), 303)
 
 
-def _action(verdict: str, event: SeriesTriaged, blind: bool) -> Action | None:
+def _answer(event: SeriesTriaged, said: str, *, describes: bool = False) -> ResponseReturnValue:
+    """What was done, in words: on the page again, or for a script on the part of it that has changed."""
+    here = {"series_instance_uid": event.series_instance_uid, "revision": event.revision}
+    if request.headers.get("X-Fragment") == "read":
+        result = viewer.result_of(**here)
+        # a part that is shown in place reveals nothing: only the page itself does, which notes it
+        return render_template("series/read.html", said=said, here=here, **_read(result, _is_unseen(event), describes))
+    flash(said)
+    return redirect(url_for(".show", **here, describe=1 if describes else None), 303)
+
+
+def _read(result: Result, hidden: bool, describes: bool) -> dict[str, Any]:
+    """What the reading part of the page shows: what counts of every reader, and behind it what did."""
+    event = result.event
+    given = record.find_reviews(context().ledger, event.series_instance_uid, event.revision)
+    visible = [review for review in given if not hidden or review.reader == user().name]
+    standing = {review.reader: review for review in visible if review.action == "acknowledge"}
+    standing |= {review.reader: review for review in visible if review.counts}
+    own = _own_verdict(given)
+    said = [Said(review, _words(review.action, event, hidden)) for review in visible]
+    return {
+        "result": result,
+        "event": event,
+        "blind": hidden,
+        "may_review": user().role in ("reader", "admin"),
+        "standing": [one for one in said if one.review in standing.values()],
+        "earlier": [one for one in said if one.review not in standing.values()],
+        "own": own,
+        "describes": describes and own is not None,
+        "kinds": KINDS,
+    }
+
+
+def _is_unseen(event: SeriesTriaged) -> bool:
+    return record.is_unseen(context().ledger, event, blind.reader())
+
+
+def _own_verdict(given: list[Review]) -> Review | None:
+    """The verdict of who is logged in that counts: the last one that was not taken back."""
+    return next((review for review in reversed(given) if review.counts and review.reader == user().name), None)
+
+
+def _kind_and_note() -> tuple[str | None, str | None]:
+    kind, note = request.form.get("finding_kind") or None, request.form.get("note", "").strip() or None
+    if (kind is not None and kind not in FINDINGS) or len(note or "") > LONGEST_NOTE:
+        abort(400)
+    return kind, note
+
+
+def _action(verdict: str, event: SeriesTriaged, unseen: bool) -> Action | None:
     """The action that a verdict means; a blind reader says what there is, and agrees or disagrees by that."""
     if verdict in ("haemorrhage", "no_haemorrhage") and event.disposition in record.ANALYSED:
         return "agree" if (verdict == "haemorrhage") == (event.disposition == "positive") else "disagree"
-    if verdict in ("agree", "disagree") and blind:
+    if verdict in ("agree", "disagree") and unseen:
         return None
     return cast(Action, verdict) if verdict in words.ACTIONS else None
+
+
+def is_bleed(action: Action, event: SeriesTriaged) -> bool:
+    """Whether a verdict says that there is haemorrhage."""
+    return (action, event.disposition) in (("agree", "positive"), ("disagree", "negative"))
+
+
+def _words(action: Action, event: SeriesTriaged, hidden: bool) -> str:
+    """A verdict in words that tell a blind reader nothing of the prediction."""
+    if hidden and action in ("agree", "disagree"):
+        return "haemorrhage" if is_bleed(action, event) else "no haemorrhage"
+    return words.ACTIONS[action]
 
 
 def _findings(event: SeriesTriaged, stack: Stack | None) -> list[FindingRow]:
@@ -171,6 +285,8 @@ def _timeline(result: Result, given: list[Review], pages: list[dict[str, object]
         sent = "recorded in shadow mode" if page["mode"] == "shadow" else "sent"
         moments.append((f"Page {cast(int, page['step']) + 1} {sent}", cast(datetime | None, page["sent_at"])))
     moments += [(f"{review.reader}: {words.ACTIONS[review.action]}", review.occurred_at) for review in given]
+    undone = {(review.reader, review.undone_at) for review in given if review.undone_at is not None}
+    moments += [(f"{reader}: verdict taken back", at) for reader, at in undone]
     steps: list[Step] = []
     for label, at in sorted(((label, at) for label, at in moments if at is not None), key=lambda moment: moment[1]):
         last = event.last_image_at

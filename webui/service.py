@@ -14,13 +14,18 @@ from herald.config import Config
 from herald.errors import ConfigError, LedgerError
 from herald.ledger import Ledger
 from herald.store import StudyStore
+from webui import blind, record
 from webui.app import create_app
 from webui.context import EXTENSION, Context
+from webui.live import MOST_STREAMS
 from webui.measured import measure
 
 log = logging.getLogger(__name__)
 
-THREADS = 8
+THREADS = MOST_STREAMS + 16
+"""An open worklist takes one for as long as it is open."""
+CONNECTIONS = 500
+"""A browser keeps up to six."""
 LOOK_S = 0.2
 """How soon a stop is noticed."""
 DRAIN_S = 5.0
@@ -41,6 +46,8 @@ def serve(config: Config, stop: threading.Event) -> None:
             host=config.webui.host,
             port=config.webui.port,
             threads=THREADS,
+            connection_limit=CONNECTIONS,
+            channel_request_lookahead=1,  # so that waitress sees when the reader of a stream goes away
             ident=None,
             clear_untrusted_proxy_headers=True,
         )
@@ -60,6 +67,7 @@ def serve(config: Config, stop: threading.Event) -> None:
             wasyncore.loop(timeout=LOOK_S, use_poll=True, map=sockets, count=1)
     finally:
         stop.set()
+        parts.live.stop()
         _drain(sockets)
         server.task_dispatcher.shutdown(cancel_pending=True, timeout=DRAIN_S)
         wasyncore.close_all(sockets, ignore_all=True)
@@ -74,6 +82,8 @@ def _background(ledger: Ledger, parts: Context, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             ledger.create_tables()
+            record.complete_results(ledger)
+            blind.draw_missing(parts.config, ledger)
             break
         except LedgerError as error:
             if not outage:

@@ -6,11 +6,10 @@ from flask.typing import ResponseReturnValue
 from herald.errors import DicomError
 from herald.events import SeriesTriaged
 from herald.volume import WINDOWS
-from webui import record
+from webui import blind, record
 from webui.context import context
 from webui.picture import Stack, render
-from webui.record import Result, Review
-from webui.worklist import blind_reader
+from webui.record import Result
 
 blueprint = Blueprint("viewer", __name__, url_prefix="/series")
 
@@ -24,7 +23,7 @@ def picture(series_instance_uid: str, revision: int, number: int) -> ResponseRet
     if window not in WINDOWS:
         abort(404)
     event = result_of(series_instance_uid, revision).event
-    if mask and is_blind(event, record.find_reviews(context().ledger, series_instance_uid, revision)):
+    if mask and blind.is_hidden(event):
         abort(403)
     try:
         stack = context().pictures.stack(event)
@@ -46,13 +45,6 @@ def result_of(series_instance_uid: str, revision: int) -> Result:
     return result
 
 
-def is_blind(event: SeriesTriaged, given: list[Review]) -> bool:
-    """Whether this reader must judge before the prediction is shown."""
-    reader = blind_reader()
-    judged = any(review.reader == reader and review.action in record.VERDICTS for review in given)
-    return bool(reader) and event.disposition in record.ANALYSED and not judged
-
-
 def find_stack(event: SeriesTriaged) -> tuple[Stack | None, str]:
     """The pictures of a series, or None and why there are none."""
     try:
@@ -61,12 +53,12 @@ def find_stack(event: SeriesTriaged) -> tuple[Stack | None, str]:
         return None, str(error)
 
 
-def shown_first(stack: Stack, blind: bool) -> int:
+def shown_first(stack: Stack, hidden: bool) -> int:
     """The 1-based slice to show first: the one asked for, else the hottest, for a blind reader the middle one."""
     asked = request.args.get("slice", 0, type=int)
     if 1 <= asked <= stack.slice_count:
         return asked
-    return (stack.middle if blind else stack.hottest) + 1
+    return (stack.middle if hidden else stack.hottest) + 1
 
 
 def window_of(stack: Stack | None) -> str:

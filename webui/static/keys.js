@@ -1,10 +1,11 @@
 // Single-key shortcuts that can be switched off (WCAG 2.1.4), and ages that go on counting.
 
 const SETTING = "herald.single-keys";
-const enabled = () => localStorage.getItem(SETTING) !== "off";
+/** Whether keys of one character do something. */
+export const singleKeys = () => localStorage.getItem(SETTING) !== "off";
 
 for (const box of document.querySelectorAll("[data-single-keys]")) {
-  box.checked = enabled();
+  box.checked = singleKeys();
   box.addEventListener("change", () => localStorage.setItem(SETTING, box.checked ? "on" : "off"));
 }
 
@@ -19,7 +20,7 @@ export function onKeys(bindings) {
       return;
     }
     const action = bindings[event.key];
-    if (!action || (event.key.length === 1 && !enabled())) return;
+    if (!action || (event.key.length === 1 && !singleKeys())) return;
     if (action(event) !== false) event.preventDefault();
   });
 }

@@ -1,15 +1,93 @@
-// One key for each review, and on to the next series.
+// One key for the verdict, one for the kind of bleed, one for the next series. Without this script each is a form.
 
-import { follow, onKeys } from "./keys.js";
+import { follow, onKeys, singleKeys } from "./keys.js";
 
-const send = (button) => () => button.click();
-const bindings = { n: follow("next"), w: () => document.querySelector(".brand").click() };
-for (const button of document.querySelectorAll("#review [data-key]")) bindings[button.dataset.key] = send(button);
+const panel = () => document.getElementById("read");
+const recorded = document.getElementById("recorded");
+const button = (key) => document.querySelector(`#review [data-key=${key}], #undo [data-key=${key}]`);
+
+/** Send a form; put the part of the page that has changed in place, and say what was recorded. */
+async function send(form, submitter) {
+  if (form.dataset.sent) return; // a second key press is not a second review
+  form.dataset.sent = "1";
+  try {
+    const answer = await fetch(form.action, {
+      method: "POST",
+      body: new FormData(form, submitter),
+      headers: { "X-Fragment": "read" },
+    });
+    if (!answer.ok || answer.redirected) throw new Error(`${answer.status}`);
+    const text = await answer.text();
+    panel().outerHTML = text;
+    recorded.textContent = panel().dataset.said;
+    recorded.className = "said";
+    const dialog = document.getElementById("description");
+    if (dialog?.open) ask(dialog);
+    else document.getElementById("next").focus();
+  } catch {
+    delete form.dataset.sent;
+    recorded.textContent = "Not recorded: Herald gave no answer, or you are no longer logged in. Try again, or reload.";
+    recorded.className = "said problem";
+  }
+}
+
+/** Ask for the kind; the dialog holds the focus, and its keys are its own. */
+function ask(dialog) {
+  dialog.close();
+  dialog.showModal();
+  dialog.querySelector("button").focus();
+}
+
+document.addEventListener("submit", (event) => {
+  const { target: form, submitter } = event;
+  if (!panel()?.contains(form)) return;
+  const dialog = form.closest("dialog");
+  const blind = Boolean(document.querySelector("#review [data-key=y]"));
+  // what shows a blind reader the prediction is a new page, since all of it changes
+  const stays = dialog ? !blind : !blind || submitter?.matches("[data-describes], [data-key=z]");
+  if (stays) {
+    event.preventDefault();
+    send(form, submitter);
+  } else if (form.dataset.sent) event.preventDefault();
+  else form.dataset.sent = "1";
+});
+addEventListener("pageshow", () => document.querySelectorAll("form").forEach((form) => delete form.dataset.sent));
+
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("#describe");
+  const dialog = document.getElementById("description");
+  if (!link || !dialog || event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  ask(dialog);
+});
+
+// before any other listener: while the dialog is open, a key means nothing elsewhere
+document.addEventListener(
+  "keydown",
+  (event) => {
+    const dialog = event.target.closest?.("dialog");
+    if (!dialog) return;
+    event.stopPropagation();
+    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+    const writing = event.target.matches("textarea");
+    if (writing && event.key !== "Escape") return;
+    if (event.key.length === 1 && !singleKeys()) return;
+    if (writing) dialog.querySelector("button").focus();
+    else if (event.key === "t") document.getElementById("note").focus();
+    else {
+      const chosen = [...dialog.querySelectorAll("[data-key]")].find((one) => one.dataset.key === event.key);
+      if (!chosen) return;
+      chosen.click();
+    }
+    event.preventDefault();
+  },
+  { capture: true },
+);
+
+const press = (key) => () => button(key) ? button(key).click() : false;
+const bindings = { n: follow("next"), t: follow("describe"), w: () => document.querySelector(".brand").click() };
+for (const key of ["a", "d", "u", "k", "y", "x", "z"]) bindings[key] = press(key);
 onKeys(bindings);
 
-const form = document.getElementById("review");
-form?.addEventListener("submit", (event) => {
-  if (form.dataset.sent) return event.preventDefault(); // a second key press is not a second review
-  form.dataset.sent = "1";
-});
-addEventListener("pageshow", () => form && delete form.dataset.sent);
+const opened = document.getElementById("description");
+if (opened?.open) ask(opened);
