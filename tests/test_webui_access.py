@@ -20,6 +20,8 @@ RULES = [
     ("GET", f"/series/{SERIES}/1/slice/1.png", 302, 200, 200, 200),
     ("POST", f"/series/{SERIES}/1/review", 401, 303, 403, 303),
     ("POST", "/logout", 401, 303, 303, 303),
+    ("GET", "/login/oidc", 404, 404, 404, 404),  # not configured; tests/test_webui_oidc.py has the rest
+    ("GET", "/login/oidc/callback", 404, 404, 404, 404),
     ("GET", "/login", 200, 200, 200, 200),
     ("POST", "/login", 401, 401, 401, 401),
     ("GET", "/page/<token>", 200, 200, 200, 200),

@@ -2,6 +2,7 @@
 
 import logging
 from datetime import timedelta
+from functools import partial
 from http import HTTPStatus
 
 from flask import Flask, Response, current_app, jsonify, render_template, request
@@ -16,8 +17,9 @@ from herald.config import Config, required_secret
 from herald.errors import LedgerError, LinkError, StoreError
 from herald.ledger import Ledger
 from herald.store import StudyStore
-from webui import api, operations, page, series, session, viewer, words, worklist
+from webui import api, oidc, operations, page, record, series, session, viewer, words, worklist
 from webui.context import EXTENSION, Context
+from webui.live import Live
 from webui.picture import Pictures
 from webui.publisher import ReviewPublisher
 
@@ -36,6 +38,11 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "base-uri 'none'",
         "frame-ancestors 'none'",
     )
+)
+
+PERMISSIONS_POLICY = ", ".join(
+    f"{feature}=()"
+    for feature in ("camera", "display-capture", "geolocation", "hid", "microphone", "midi", "payment", "serial", "usb")
 )
 
 ERRORS = {
@@ -70,22 +77,27 @@ def create_app(config: Config, ledger: Ledger, store: StudyStore, bus: Bus) -> F
     """
     required_secret(config.webui.token, "webui.token")
     app = Flask(__name__)
+    https = config.webui.public_url.startswith("https://")
     app.config.update(
         SECRET_KEY=required_secret(config.webui.secret_key, "webui.secret_key"),
         MAX_CONTENT_LENGTH=LARGEST_REQUEST_BYTES,
         PERMANENT_SESSION_LIFETIME=timedelta(hours=config.webui.session_hours),
         SESSION_REFRESH_EACH_REQUEST=False,
-        SESSION_COOKIE_NAME="herald_session",
+        # the prefix: no neighbour in the domain can set it (RFC 6265bis 4.1.3)
+        SESSION_COOKIE_NAME="__Host-herald_session" if https else "herald_session",
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
-        SESSION_COOKIE_SECURE=config.webui.public_url.startswith("https://"),
+        SESSION_COOKIE_SECURE=https,
         WTF_CSRF_TIME_LIMIT=None,  # as long as the session: pages stay open for hours in a reading room
     )
-    app.extensions[EXTENSION] = Context(config, ledger, store, Pictures(store), ReviewPublisher(ledger, bus))
+    live = Live(partial(record.worklist_version, ledger))
+    live.init_app(app)
+    app.extensions[EXTENSION] = Context(config, ledger, store, Pictures(store), ReviewPublisher(ledger, bus), live)
     protect = CSRFProtect(app)
     protect.exempt(api.blueprint)
     protect.exempt(page.acknowledge)  # nobody can forge it: its address holds the signed token, cookies or not
     session.init_app(app)
+    oidc.init_app(app, config)
     for part in (api, worklist, series, viewer, page, operations):
         app.register_blueprint(part.blueprint)
     _add_words(app, config)
@@ -153,8 +165,11 @@ def _secure(response: Response) -> Response:
     response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
-    response.headers["Referrer-Policy"] = "same-origin"
+    # the address of a link page is a secret: not even our own pages are told it
+    response.headers["Referrer-Policy"] = "no-referrer" if request.blueprint == "page" else "same-origin"
     response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
+    response.headers["Permissions-Policy"] = PERMISSIONS_POLICY
     if request.endpoint != "static" and "Cache-Control" not in response.headers:
         response.headers["Cache-Control"] = "no-store"
     if current_app.config["SESSION_COOKIE_SECURE"]:  # TLS may end at a proxy before us

@@ -30,10 +30,13 @@ blueprint = Blueprint("session", __name__)
 
 LOG_IN_FAILED = "log-in-failed"
 FAILURES_WITHIN = timedelta(minutes=5)
+RETRY_AFTER = {"Retry-After": str(int(FAILURES_WITHIN.total_seconds()))}
 MOST_FAILURES_OF_USER_AT_ADDRESS = 5
 MOST_FAILURES_AT_ADDRESS = 30
 MOST_FAILURES_OF_USER = 50
 
+ASK_AGAIN = "ask-again"
+"""Key of a session in which the provider must ask who it is."""
 _UNTIL = "until"
 
 View = TypeVar("View", bound=Callable[..., ResponseReturnValue])
@@ -79,13 +82,21 @@ def init_app(app: Flask) -> None:
     app.register_blueprint(blueprint)
 
 
+def is_still_open() -> bool:
+    """Whether the session of this request is still good, for an answer that goes on for minutes."""
+    return _load_user(user().get_id()) is not None
+
+
 def _load_user(user_id: str) -> User | None:
-    """The user of this session unless it ran out, the password changed or the user is gone."""
+    """The user of this session unless it ran out, the password changed or the user or its provider is gone."""
     if session.get(_UNTIL, 0.0) < time.time():
         return None
     _, _, name = user_id.partition(":")
     found = find_user(context().ledger, name)
-    return found if found is not None and found.get_id() == user_id else None
+    if found is None or found.get_id() != user_id:
+        return None
+    issuer = context().config.webui.oidc_issuer
+    return found if found.subject is None or (issuer and found.subject.startswith(f"{issuer} ")) else None
 
 
 def _require_log_in() -> ResponseReturnValue | None:
@@ -107,7 +118,7 @@ def _require_log_in() -> ResponseReturnValue | None:
 @public
 def log_in() -> ResponseReturnValue:
     """I give my name and password."""
-    return render_template("session/log_in.html", next=_local(request.args.get("next", "")))
+    return _log_in_page(local(request.args.get("next", "")))
 
 
 @blueprint.post("/login")
@@ -115,53 +126,70 @@ def log_in() -> ResponseReturnValue:
 def open_session() -> ResponseReturnValue:
     """I log in and come to where I wanted to go."""
     name, password = request.form.get("name", "").strip(), request.form.get("password", "")
-    target = _local(request.form.get("next", ""))
+    target = local(request.form.get("next", ""))
     ledger = context().ledger
     known = find_user(ledger, name) is not None
     # what was typed for an unknown name may be a password: it is not written down
     noted = name if known else ""
     if _too_many_failures(noted):
-        page = render_template("session/log_in.html", next=target, name=name, problem="too many")
-        return page, 429, {"Retry-After": str(int(FAILURES_WITHIN.total_seconds()))}
+        return _log_in_page(target, name, "too many"), 429, RETRY_AFTER
     who = check_password(ledger, name, password)
     if who is None:
         record.add_audit(ledger, noted, address(), LOG_IN_FAILED)
-        return render_template("session/log_in.html", next=target, name=name, problem="wrong"), 401
+        return _log_in_page(target, name, "wrong"), 401
+    return begin(who, target, "log-in")
+
+
+def begin(who: User, target: str, action: str) -> ResponseReturnValue:
+    """Begin the session of somebody who has shown who they are, and lead to where they wanted to go."""
     session.clear()  # a session that somebody else prepared is not carried on
     session.permanent = True
     session[_UNTIL] = time.time() + context().config.webui.session_hours * 3600
     login_user(who)
-    record.add_audit(ledger, who.name, address(), "log-in")
+    record.add_audit(context().ledger, who.name, address(), action)
     return redirect(target or url_for("worklist.index"), 303)
 
 
 @blueprint.post("/logout")
 def log_out() -> ResponseReturnValue:
     """I log out; pictures leave the browser's cache."""
-    record.add_audit(context().ledger, user().name, address(), "log-out")
+    who = user()
+    record.add_audit(context().ledger, who.name, address(), "log-out")
     logout_user()
     session.clear()
+    if who.subject:  # or the next at this screen would be let in by the provider as who has just left
+        session[ASK_AGAIN] = True
     flash("You are logged out.")
     response = make_response(redirect(url_for("session.log_in"), 303))
     response.headers["Clear-Site-Data"] = '"cache"'
     return response
 
 
+def _log_in_page(target: str, name: str = "", problem: str = "") -> str:
+    provider = urlsplit(context().config.webui.oidc_issuer).hostname
+    return render_template("session/log_in.html", next=target, name=name, problem=problem, provider=provider)
+
+
+def refused_too_often(action: str) -> bool:
+    """Whether so many requests of this address were refused lately, and noted as `action`, that it must wait."""
+    noted = record.count_audit(context().ledger, action, FAILURES_WITHIN, address=address())
+    return noted >= MOST_FAILURES_AT_ADDRESS
+
+
 def _too_many_failures(name: str) -> bool:
-    ledger, here = context().ledger, address()
-
-    def failures(of: str | None, at: str | None) -> int:
-        return record.count_audit(ledger, LOG_IN_FAILED, FAILURES_WITHIN, user=of, address=at)
-
-    if failures(None, here) >= MOST_FAILURES_AT_ADDRESS:
+    if refused_too_often(LOG_IN_FAILED):
         return True
     if not name:
         return False
-    return failures(name, here) >= MOST_FAILURES_OF_USER_AT_ADDRESS or failures(name, None) >= MOST_FAILURES_OF_USER
+
+    def failures(at: str | None) -> int:
+        return record.count_audit(context().ledger, LOG_IN_FAILED, FAILURES_WITHIN, user=name, address=at)
+
+    return failures(address()) >= MOST_FAILURES_OF_USER_AT_ADDRESS or failures(None) >= MOST_FAILURES_OF_USER
 
 
-def _local(target: str) -> str:
+def local(target: str) -> str:
     """A path of this site, or nothing: a link must not lead from our log-in to somebody else's site."""
-    parts = urlsplit(target)
-    local = not parts.scheme and not parts.netloc and target.startswith("/") and not target.startswith("//")
-    return target if local and "\\" not in target and target.isprintable() else ""
+    if not target.startswith("/") or target.startswith("//") or "\\" in target or not target.isprintable():
+        return ""  # browsers take a backslash for a slash, and drop tabs and line ends
+    return target
