@@ -347,6 +347,22 @@ Index(
 Index("ix_audit_series", audit.c.series_instance_uid, audit.c.action)
 
 
+# a defence against mistakes: that nothing was changed is proved by the hashes (herald.validation.chain)
+_APPEND_ONLY = {
+    "sqlite": tuple(
+        f"create trigger if not exists validation_no_{verb} before {verb} on validation "
+        "begin select raise(abort, 'the validation record is append-only'); end"
+        for verb in ("update", "delete")
+    ),
+    "postgresql": (
+        "create or replace function validation_append_only() returns trigger language plpgsql as "
+        "$$ begin raise exception 'the validation record is append-only'; end $$",
+        "drop trigger if exists validation_append_only on validation",
+        "create trigger validation_append_only before update or delete or truncate on validation "
+        "for each statement execute function validation_append_only()",
+    ),
+}
+
 BUSY_S = 30.0
 _CREATION_LOCK = 0x4865726C  # any number that nobody else locks in this database
 
@@ -373,6 +389,8 @@ class Ledger:
                 _add_missing_columns(connection, table)
                 for index in table.indexes:
                     connection.execute(CreateIndex(index, if_not_exists=True))
+            for statement in _APPEND_ONLY.get(connection.dialect.name, ()):
+                connection.exec_driver_sql(statement)
 
     @contextmanager
     def begin(self, on: Connection | None = None) -> Iterator[Connection]:
