@@ -11,7 +11,7 @@ import requests
 from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
 
-from herald.bus import open_bus
+from herald.bus import GROUPS, open_bus
 from herald.config import Config
 from herald.errors import BusError, ChannelUnavailable, HeraldError, NotificationError, StoreFullError
 from herald.events import utc_now
@@ -23,9 +23,6 @@ TIMEOUT_S = 3.0
 
 CALIBRATED_POINT = 0.5
 """Exported haemorrhage models put their operating point there."""
-
-GROUPS = (("router", "series"), ("notifier", "results"), ("notifier", "reviews"), ("notifier-webui", "results"))
-"""Who consumes what from the bus."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 import herald.bus
 import herald.bus.kafka
 import herald.bus.sqlite
-from herald.bus import Bus, DeadLetter, Delivery, Handler, handle, open_bus
+from herald.bus import Bus, DeadLetter, Delivery, Handler, Queue, handle, open_bus
 from herald.bus.kafka import KafkaBus
 from herald.config import BusConfig
 from herald.errors import BusError, ConfigError, LedgerError, VolumeError
@@ -187,6 +187,32 @@ def test_every_group_receives_everything_from_the_beginning_even_one_that_comes_
             assert delivery.event == received(number=number)
             bus.ack(delivery)
         assert nothing(bus, group)
+
+
+def test_a_queue_says_how_much_waits_for_a_group_and_since_when(bus: Bus) -> None:
+    queue = ("router", "series")
+    bus.publish(received("1.9"))
+    bus.ack(take(bus))  # a new broker takes a while until it can say where a group stands
+    assert bus.queues([queue]) == [Queue("router", "series", 0, None)]
+    before = datetime.now(UTC) - timedelta(milliseconds=1)  # Kafka keeps whole milliseconds
+    for number in range(3):
+        bus.publish(received(f"1.{number}"))
+        time.sleep(0.01)  # so that their times differ
+    between = datetime.now(UTC)
+    bus.publish(received("1.3"))
+    (waits, other) = bus.queues([queue, ("notifier", "results")])
+    assert (waits.waiting, other) == (4, Queue("notifier", "results", 0, None))
+    assert waits.oldest_at is not None
+    assert before <= waits.oldest_at < between
+    for _ in range(3):
+        bus.ack(take(bus))
+    (waits,) = bus.queues([queue])
+    assert waits.waiting == 1
+    assert waits.oldest_at is not None
+    bus.ack(take(bus))
+    assert bus.queues([queue]) == [Queue("router", "series", 0, None)]
+    (never_read,) = bus.queues([("auditor", "series")])
+    assert (never_read.waiting, never_read.oldest_at is not None) == (5, True)
 
 
 def test_a_group_receives_only_the_topics_that_it_asks_for(bus: Bus) -> None:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -24,6 +24,9 @@ from herald.events import Event, event_from_json
 log = logging.getLogger(__name__)
 
 RETRY_LONGEST_S = 30.0
+
+GROUPS = (("router", "series"), ("notifier", "results"), ("notifier", "reviews"), ("notifier-webui", "results"))
+"""Who consumes what: group and topic."""
 
 Handler = Callable[[Event], None]
 
@@ -50,6 +53,17 @@ class DeadLetter:
     error: str
     traceback: str
     died_at: datetime
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What a consumer group has not acknowledged of a topic; `oldest_at` is None where nothing waits."""
+
+    group: str
+    topic: str
+    waiting: int
+    oldest_at: datetime | None
+    """When the oldest of them was published."""
 
 
 class Bus(Protocol):
@@ -89,6 +103,9 @@ class Bus(Protocol):
 
     def backlog(self, group: str, topic: str) -> int:
         """How many events the group has not acknowledged."""
+
+    def queues(self, of: Iterable[tuple[str, str]]) -> list[Queue]:
+        """What waits for each of these groups on its topic, and since when."""
 
     def check(self) -> None:
         """Raise BusError when the bus cannot be reached."""

@@ -10,10 +10,10 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from kafka import (  # type: ignore[import-untyped]
@@ -34,7 +34,7 @@ from kafka.errors import (  # type: ignore[import-untyped]
 from kafka.net.compat import KafkaNetClient  # type: ignore[import-untyped]
 from kafka.structs import OffsetAndMetadata  # type: ignore[import-untyped]
 
-from herald.bus import DeadLetter, Delivery, decode
+from herald.bus import DeadLetter, Delivery, Queue, decode
 from herald.errors import BusError, ConfigError, EventDecodeError
 from herald.events import EVENT_TYPES, Event, utc_now
 
@@ -198,12 +198,43 @@ class KafkaBus:
     def backlog(self, group: str, topic: str) -> int:
         """How many events the group has not acknowledged; a replay to another group counts until it is passed over."""
         with self._admin() as admin:
-            (description,) = admin.describe_topics([self._prefix + topic])
-            partitions = [TopicPartition(self._prefix + topic, p["partition_index"]) for p in description["partitions"]]
-            committed = admin.list_group_offsets({self._prefix + group: partitions})[self._prefix + group]
-            first = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.EARLIEST))
-            end = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
-        return sum(end[p].offset - max(first[p].offset, committed[p].offset) for p in partitions)
+            return sum(end - begin for begin, end in self._open_ranges(admin, group, topic).values())
+
+    def queues(self, of: Iterable[tuple[str, str]]) -> list[Queue]:
+        """What waits for each of these groups on its topic, and since when; replays as in `backlog`."""
+        self._create_topics()
+        with self._admin() as admin:
+            ranges = {(group, topic): self._open_ranges(admin, group, topic) for group, topic in of}
+        found = []
+        for (group, topic), of_queue in ranges.items():
+            begins = {partition: begin for partition, (begin, end) in of_queue.items() if begin < end}
+            waiting = sum(end - begin for begin, end in of_queue.values())
+            found.append(Queue(group, topic, waiting, self._oldest_at(begins) if begins else None))
+        return found
+
+    def _open_ranges(self, admin: Any, group: str, topic: str) -> dict[TopicPartition, tuple[int, int]]:
+        """By partition, the first offset that the group has not acknowledged, and the end."""
+        (description,) = admin.describe_topics([self._prefix + topic])
+        partitions = [TopicPartition(self._prefix + topic, p["partition_index"]) for p in description["partitions"]]
+        committed = admin.list_group_offsets({self._prefix + group: partitions})[self._prefix + group]
+        first = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.EARLIEST))
+        end = admin.list_partition_offsets(dict.fromkeys(partitions, OffsetSpec.LATEST))
+        return {p: (max(first[p].offset, committed[p].offset), end[p].offset) for p in partitions}
+
+    def _oldest_at(self, begins: Mapping[TopicPartition, int]) -> datetime:
+        """When the oldest of the records at these places was published."""
+        published_ms: dict[TopicPartition, int] = {}
+        with self._reading() as consumer:
+            consumer.assign(list(begins))
+            for partition, begin in begins.items():
+                consumer.seek(partition, begin)
+            deadline = time.monotonic() + ANSWER_S
+            while len(published_ms) < len(begins):
+                for partition, records in consumer.poll(timeout_ms=200).items():
+                    published_ms.setdefault(partition, records[0].timestamp)
+                if time.monotonic() > deadline:
+                    raise BusError(f"the broker at {self._where} did not hand out what waits; try again")
+        return datetime.fromtimestamp(min(published_ms.values()) / 1000, UTC)
 
     def check(self) -> None:
         """Raise BusError when no broker answers."""
@@ -279,23 +310,27 @@ class KafkaBus:
     def _read_all(self, topic: str) -> Iterator[Any]:
         """Every record that lies in the topic now."""
         self._create_topics()
+        with self._reading() as consumer:
+            name = self._prefix + topic
+            partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+            consumer.assign(partitions)
+            consumer.seek_to_beginning()
+            end = consumer.end_offsets(partitions)
+            silent_since = time.monotonic()
+            while any(consumer.position(p, timeout_ms=1000 * ANSWER_S) < end[p] for p in partitions):
+                for records in consumer.poll(timeout_ms=200).values():
+                    silent_since = time.monotonic()
+                    yield from records
+                if time.monotonic() - silent_since > ANSWER_S:
+                    raise BusError(f"the broker at {self._where} stopped answering while {name} was read; try again")
+
+    @contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """A consumer of no group, for the block."""
         with self._answers(lambda: None):
             consumer = _open(KafkaConsumer, bootstrap_servers=self._servers, metrics_enabled=False, **CONSUMER)
             try:
-                name = self._prefix + topic
-                partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
-                consumer.assign(partitions)
-                consumer.seek_to_beginning()
-                end = consumer.end_offsets(partitions)
-                silent_since = time.monotonic()
-                while any(consumer.position(p, timeout_ms=1000 * ANSWER_S) < end[p] for p in partitions):
-                    for records in consumer.poll(timeout_ms=200).values():
-                        silent_since = time.monotonic()
-                        yield from records
-                    if time.monotonic() - silent_since > ANSWER_S:
-                        raise BusError(
-                            f"the broker at {self._where} stopped answering while {name} was read; try again"
-                        )
+                yield consumer
             finally:
                 consumer.close(autocommit=False, timeout_ms=1000 * CLOSE_S)
 

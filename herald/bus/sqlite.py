@@ -15,12 +15,12 @@ import sqlite3
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
-from herald.bus import DeadLetter, Delivery, decode
+from herald.bus import DeadLetter, Delivery, Queue, decode
 from herald.errors import BusError, EventDecodeError
 from herald.events import Event, utc_now
 from herald.wal import use_wal
@@ -189,6 +189,17 @@ class SqliteBus:
         with self._connected() as db:
             at = {"group": group, "topic": topic, "done": _done_through(db, group, topic)}
             return int(db.execute("SELECT count(*) " + OPEN, at).fetchone()[0])
+
+    def queues(self, of: Iterable[tuple[str, str]]) -> list[Queue]:
+        """What waits for each of these groups on its topic, and since when."""
+        found = []
+        with self._connected() as db:
+            for group, topic in of:
+                at = {"group": group, "topic": topic, "done": _done_through(db, group, topic)}
+                waiting, oldest = db.execute("SELECT count(*), min(m.published_at) " + OPEN, at).fetchone()
+                oldest_at = None if oldest is None else datetime.fromtimestamp(oldest, UTC)
+                found.append(Queue(group, topic, waiting, oldest_at))
+        return found
 
     def check(self) -> None:
         """Raise BusError when the file cannot be written."""
