@@ -8,6 +8,7 @@ from flask import current_app
 from herald.config import Config
 from herald.ledger import Ledger
 from herald.store import StudyStore
+from webui.live import Live
 from webui.picture import Pictures
 from webui.publisher import ReviewPublisher
 
@@ -23,6 +24,7 @@ class Context:
     store: StudyStore
     pictures: Pictures
     publisher: ReviewPublisher
+    live: Live
 
     @property
     def shadow(self) -> bool:

@@ -26,6 +26,7 @@ from webui.session import is_still_open, user
 blueprint = Blueprint("worklist", __name__)
 
 LONGEST_SEARCH = 64
+LONGEST_SAID = 40
 FILTERS = {
     "": "All",
     "positive": "Positive",
@@ -123,7 +124,7 @@ def _read_query(
         try:
             return understood(value)
         except (ValueError, OverflowError) as error:
-            said = value if len(value) <= 40 else f"{value[:40]}…"
+            said = "".join(letter if letter.isprintable() else "�" for letter in value[:LONGEST_SAID])
             problems.append(f"{what} “{said}” was left out: {error}.")
             return missing
 
