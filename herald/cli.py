@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,6 +25,7 @@ from herald.errors import ConfigError, HeraldError
 from herald.node import EXIT_CONFIG, SERVICES, Supervisor, run_service
 
 if TYPE_CHECKING:
+    from herald.ledger import Ledger
     from herald.send import FileOutcome
 
 app = typer.Typer(
@@ -30,8 +33,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-user_app = typer.Typer(help="Readers of the web UI.", no_args_is_help=True)
+user_app = typer.Typer(help="Who may log in to the web UI.", no_args_is_help=True)
 app.add_typer(user_app, name="user")
+
+COMMAND_LINE = "command line"
+"""Address in the audit table of what was done here."""
 
 err = Console(stderr=True)
 out = Console()
@@ -357,15 +363,68 @@ def user_add(
     ] = "",
 ) -> None:
     """Add a reader, or change the password and role of one."""
-    from herald.ledger import open_ledger
+    from webui.record import add_audit
     from webui.users import add_user
+
+    with _ledger() as ledger:
+        add_user(ledger, name, password, role)
+        add_audit(ledger, name, COMMAND_LINE, f"user-add-{role}")
+    out.print(f"{name} may log in as {role}", highlight=False, markup=False)
+
+
+@user_app.command("list")
+def user_list(as_json: Json = False) -> None:
+    """Who may log in, with which role, and how."""
+    from webui.users import list_users
+
+    with _ledger() as ledger:
+        found = list_users(ledger)
+    if as_json:
+        _print_json([asdict(account) for account in found])
+    else:
+        _print_table(
+            ("name", "role", "log-in", "since (UTC)"),
+            ((escape(a.name), a.role, a.log_in, f"{a.created_at:%Y-%m-%d %H:%M}") for a in found),
+        )
+    if not found:
+        err.print("nobody may log in; `herald user add NAME --role admin` adds the first administrator")
+
+
+@user_app.command("remove")
+def user_remove(
+    name: Annotated[str, typer.Argument(help="Log-in name.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
+) -> None:
+    """Remove somebody, whose sessions end at once; what they reviewed stays."""
+    from webui.record import add_audit
+    from webui.users import UserError, list_users, remove_user
+
+    with _ledger() as ledger:
+        roles = {account.name: account.role for account in list_users(ledger)}
+        last = roles.get(name) == "admin" and list(roles.values()).count("admin") == 1
+        if last and not yes:
+            raise UserError(
+                f"{name} is the last administrator: without one nobody can replay dead letters in the web UI. Add "
+                "another by `herald user add NAME --role admin` first, or remove this one all the same with --yes"
+            )
+        if name in roles and not yes:
+            typer.confirm(f"Remove {name} ({roles[name]})? Their sessions end now.", abort=True, err=True)
+        remove_user(ledger, name)
+        add_audit(ledger, name, COMMAND_LINE, "user-remove")
+    out.print(f"{name} may not log in any more", highlight=False, markup=False)
+    if last:
+        err.print("no administrator is left; `herald user add NAME --role admin` adds one")
+
+
+@contextmanager
+def _ledger() -> Iterator["Ledger"]:
+    from herald.ledger import open_ledger
 
     ledger = open_ledger(_config().ledger)
     try:
-        add_user(ledger, name, password, role)
+        yield ledger
     finally:
         ledger.close()
-    out.print(f"{name} may log in as {role}")
 
 
 def _print_json(facts: object) -> None:
