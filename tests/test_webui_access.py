@@ -5,7 +5,6 @@ from sqlalchemy import text
 from webui_site import PASSWORD, open_site
 
 from herald.errors import ConfigError
-from herald.links import sign_link
 from webui.app import create_app
 
 SERIES = "1.2.826.0.1.3680043.8.498.1.1"
@@ -14,18 +13,21 @@ SERIES = "1.2.826.0.1.3680043.8.498.1.1"
 RULES = [
     ("GET", "/", 302, 200, 200, 200),
     ("GET", "/worklist/rows", 302, 200, 200, 200),
+    ("GET", "/worklist/events", 302, 200, 200, 200),
     ("GET", "/next", 302, 302, 302, 302),
     ("GET", f"/series/{SERIES}", 302, 302, 302, 302),
     ("GET", f"/series/{SERIES}/1", 302, 200, 200, 200),
     ("GET", f"/series/{SERIES}/1/slice/1.png", 302, 200, 200, 200),
     ("POST", f"/series/{SERIES}/1/review", 401, 303, 403, 303),
+    ("POST", f"/series/{SERIES}/1/review/description", 401, 303, 403, 303),
+    ("POST", f"/series/{SERIES}/1/review/undo", 401, 303, 403, 303),
     ("POST", "/logout", 401, 303, 303, 303),
     ("GET", "/login/oidc", 404, 404, 404, 404),  # not configured; tests/test_webui_oidc.py has the rest
     ("GET", "/login/oidc/callback", 404, 404, 404, 404),
     ("GET", "/login", 200, 200, 200, 200),
     ("POST", "/login", 401, 401, 401, 401),
     ("GET", "/page/<token>", 200, 200, 200, 200),
-    ("POST", "/page/<token>", 303, 303, 303, 303),
+    ("POST", "/page/<token>", 403, 303, 403, 303),
     ("POST", f"/api/acknowledgements/{SERIES}/1", 401, 401, 401, 401),
     ("GET", "/operations", 302, 200, 200, 200),
     ("GET", "/operations/banner", 302, 200, 200, 200),
@@ -47,9 +49,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def token(site):
-    event = site.add(2)
-    link = sign_link(site.config.webui, event.study_instance_uid, event.series_instance_uid, 1)
-    return link.rpartition("/")[2]
+    return site.link(site.add(2)).rpartition("/")[2]
 
 
 @pytest.mark.parametrize("who", [None, "rita", "remi", "ada"])
