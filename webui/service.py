@@ -19,6 +19,7 @@ from webui.app import create_app
 from webui.context import EXTENSION, Context
 from webui.live import MOST_STREAMS
 from webui.measured import measure
+from webui.recorder import ValidationRecorder
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def serve(config: Config, stop: threading.Event) -> None:
 
 
 def _background(ledger: Ledger, parts: Context, stop: threading.Event) -> None:
-    """Create missing tables as soon as the ledger can be reached, then publish reviews."""
+    """Create missing tables as soon as the ledger can be reached, then record for validation, and publish reviews."""
     outage = False
     while not stop.is_set():
         try:
@@ -90,7 +91,11 @@ def _background(ledger: Ledger, parts: Context, stop: threading.Event) -> None:
                 log.error("the web UI waits for the ledger: %s", error)
             outage = True
             stop.wait(1.0)
+    recorder = ValidationRecorder(ledger, parts.config)
+    recording = threading.Thread(target=recorder.run, args=(stop,), name="validation record")
+    recording.start()
     parts.publisher.run(stop)
+    recording.join()
 
 
 def _drain(sockets: dict[int, Any]) -> None:

@@ -2,8 +2,8 @@
 
 An entry holds what was known of one series revision when it was written; a later entry of the same revision replaces
 it, and both stay. Who changes, removes or moves an entry breaks the chain there. Who cuts off its end, or writes all of
-it anew, does not: against that an investigator writes down the number and hash of the last entry, and later has `verify`
-look for that very entry (Haber and Stornetta, How to time-stamp a digital document, 1991).
+it anew, does not: against that an investigator writes down the number and hash of the last entry, by which `verify` can
+look for that very entry later (Haber and Stornetta, How to time-stamp a digital document, 1991).
 """
 
 import hashlib
