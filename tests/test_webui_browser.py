@@ -1,20 +1,14 @@
 """A reader at work, in a real Chromium against the real server: waitress, SQLite ledger and bus."""
 
 import os
-import socket
-import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import requests
-from webui_site import HOTTEST, PASSWORD, SLICES, Site, open_site
+from webui_site import HOTTEST, PASSWORD, SLICES, Site, open_site, served
 
 from herald.bus import open_bus
 from herald.events import SeriesReviewed
-from herald.links import sign_link
-from webui.service import serve
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -34,35 +28,6 @@ def pictures(tmp_path) -> Path:
     folder = Path(os.environ.get("HERALD_TEST_SCREENSHOTS", tmp_path / "screenshots"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-class served:  # noqa: N801 - reads as a phrase in the with statement
-    """The service on a free port for the block."""
-
-    def __init__(self, site: Site) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        url = f"http://127.0.0.1:{port}"
-        site.config = replace(site.config, webui=replace(site.config.webui, port=port, public_url=url))
-        self._site, self._stop = site, threading.Event()
-        self._thread = threading.Thread(target=serve, args=(site.config, self._stop))
-
-    def __enter__(self) -> Site:
-        self._thread.start()
-        url, pause = f"{self._site.config.webui.public_url}/health", threading.Event()
-        for _ in range(200):
-            try:
-                if requests.get(url, timeout=5).ok:
-                    return self._site
-            except requests.ConnectionError:
-                pause.wait(0.05)
-        raise AssertionError("the web UI did not come up")
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(20)
-        assert not self._thread.is_alive(), "the web UI did not stop"
 
 
 def open_page(chromium, site: Site, viewport, path: str = "/"):
@@ -176,8 +141,7 @@ def test_a_new_positive_comes_onto_the_open_worklist_by_itself(chromium, site):
 def test_a_page_is_acknowledged_on_a_phone_and_leads_to_the_images_after_log_in(chromium, site, pictures):
     event = site.add(1)
     fill_others = [site.add(number, "negative") for number in (2, 3)]
-    url = sign_link(site.config.webui, event.study_instance_uid, event.series_instance_uid, 1)
-    page = open_page(chromium, site, PHONE, url)
+    page = open_page(chromium, site, PHONE, site.link(event))
     page.screenshot(path=pictures / "phone-page.png")
     assert fits(page)
     assert page.locator("img[src*=slice]").count() == 0

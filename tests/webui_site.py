@@ -1,5 +1,7 @@
 """A web UI with synthetic results for its tests: a head that is an ellipse, a bleed that is a bright blob."""
 
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -8,23 +10,29 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
+from urllib.parse import urlsplit
+from uuid import NAMESPACE_OID, uuid5
 
 import numpy as np
+import requests
 from argon2 import PasswordHasher
 from flask import Flask
 from flask.testing import FlaskClient
+from sqlalchemy import insert, select
 
 from herald.bus import Bus
 from herald.config import BusConfig, Config, LedgerConfig, NotifierConfig, StoreConfig, WebuiConfig
 from herald.errors import BusError
 from herald.events import Event, Finding, Label, SeriesTriaged, utc_now
-from herald.ledger import Ledger, open_ledger
+from herald.ledger import Ledger, open_ledger, pages
+from herald.links import page_link
 from herald.signatures import FINDINGS, IN_PLANE
 from herald.store import Prediction, StudyStore
 from webui import users
 from webui.app import create_app
 from webui.context import EXTENSION
 from webui.publisher import ReviewPublisher
+from webui.service import serve
 
 PASSWORD = "a password for tests"
 USERS = {"rita": "reader", "remi": "researcher", "ada": "admin"}
@@ -82,6 +90,40 @@ class Site:
         assert self.put(event).status_code == 201
         return event
 
+    def link(self, event: SeriesTriaged) -> str:
+        """The path of a link to the page of a series revision; the page is made unless there is one."""
+        known = select(pages.c.page_id).where(
+            pages.c.series_instance_uid == event.series_instance_uid, pages.c.revision == event.revision
+        )
+        with self.ledger.read() as connection:
+            page_id = connection.execute(known).scalar()
+        return urlsplit(page_link(self.config.webui, page_id or add_page(self.ledger, event))).path
+
+
+def add_page(ledger: Ledger, event: SeriesTriaged, page_id: str = "", **changes: Any) -> str:
+    """A page for a series revision that was sent and waits for an answer; its id."""
+    now = utc_now()
+    row = {
+        "page_id": page_id or str(uuid5(NAMESPACE_OID, f"{event.series_instance_uid}/{event.revision}")),
+        "study_instance_uid": event.study_instance_uid,
+        "series_instance_uid": event.series_instance_uid,
+        "revision": event.revision,
+        "step": 0,
+        "state": "sent",
+        "mode": "live",
+        "channel": "smtp",
+        "recipient": "reader@hospital.example",
+        "subject": "",
+        "body": "",
+        "finding_at": now,
+        "due_at": now,
+        "sent_at": now,
+        "attempts": 1,
+    }
+    with ledger.begin() as connection:
+        connection.execute(insert(pages).values(**{**row, **changes}))
+    return str(row["page_id"])
+
 
 @contextmanager
 def open_site(folder: Path, *, mode: str = "live", csrf: bool = False, **webui: Any) -> Iterator[Site]:
@@ -104,6 +146,33 @@ def open_site(folder: Path, *, mode: str = "live", csrf: bool = False, **webui: 
             yield Site(config, ledger, store, bus, app)
     finally:
         ledger.close()
+
+
+@contextmanager
+def served(site: Site) -> Iterator[Site]:
+    """The site as the real service on a free port, for the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    site.config = replace(site.config, webui=replace(site.config.webui, port=port, public_url=url))
+    stop, pause = threading.Event(), threading.Event()
+    thread = threading.Thread(target=serve, args=(site.config, stop))
+    thread.start()
+    try:
+        for _ in range(200):
+            try:
+                if requests.get(f"{url}/health", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                pause.wait(0.05)
+        else:
+            raise AssertionError("the web UI did not come up")
+        yield site
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive(), "the web UI did not stop"
 
 
 def triaged(number: int, disposition: str = "positive", **changes: Any) -> SeriesTriaged:
