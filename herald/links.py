@@ -2,17 +2,16 @@
 
 A token is 32 letters and digits, short enough for a text of 160 characters and for the local part of a reply address,
 and the same in either case. It names a row of `pages`, so neither a UID nor an accession number passes through a
-pager's network. A longer one that names a series revision by its UIDs is understood too.
+pager's network.
 """
 
 import binascii
 import hmac
 from base64 import b32decode, b32encode
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import msgspec
-from itsdangerous import BadData, URLSafeTimedSerializer
 from sqlalchemy import Connection, select
 
 from herald.config import WebuiConfig, required_secret
@@ -20,7 +19,6 @@ from herald.errors import LinkError
 from herald.events import utc_now
 from herald.ledger import pages
 
-_SALT = "herald.page"
 _TOKEN_SALT = b"herald.page.token"
 _PAGE_BYTES = 8
 _TIME_BYTES = 4
@@ -30,7 +28,8 @@ TOKEN_LENGTH = 32
 """Characters of a page's token: 20 bytes in base 32."""
 
 
-class ReviewLink(msgspec.Struct, frozen=True, array_like=True):
+@dataclass(frozen=True)
+class ReviewLink:
     """What the link in a page points at."""
 
     study_instance_uid: str
@@ -51,12 +50,12 @@ def page_token(config: WebuiConfig, page_id: str) -> str:
 
 
 def follow_link(config: WebuiConfig, connection: Connection, token: str) -> ReviewLink:
-    """What a token of either form stands for, a page's as its row in the ledger says.
+    """What the page of a token is about, as its row in the ledger says.
 
     Raises LinkError when it is forged, damaged or older than `webui.link_hours`, or its page is not in the ledger.
     """
     if len(token) != TOKEN_LENGTH:
-        return verify_link(config, token)
+        raise _damaged()
     least, most = _verified_range(config, token)
     statement = select(pages.c.study_instance_uid, pages.c.series_instance_uid, pages.c.revision).where(
         pages.c.page_id.between(least, most)  # unlike LIKE, by the index on SQLite too
@@ -82,23 +81,6 @@ def reply_token(address: str, recipient: str) -> str | None:
     return token.lower()
 
 
-def sign_link(config: WebuiConfig, study_uid: str, series_uid: str, revision: int) -> str:
-    """The URL of a series revision, of which no page needs to be; raises ConfigError without `webui.secret_key`."""
-    return _url(config, str(_serializer(config).dumps([study_uid, series_uid, revision])))
-
-
-def verify_link(config: WebuiConfig, token: str) -> ReviewLink:
-    """What a token of `sign_link` stands for; raises LinkError as `follow_link`."""
-    try:
-        payload, signed_at = _serializer(config).loads(token, return_timestamp=True)
-        link = msgspec.convert(payload, ReviewLink)
-    except (BadData, msgspec.ValidationError) as error:
-        raise _damaged() from error
-    # The age is checked here because itsdangerous calls a link from a clock one second ahead expired.
-    _refuse_expired(config, signed_at.astimezone(UTC))
-    return link
-
-
 def _verified_range(config: WebuiConfig, token: str) -> tuple[str, str]:
     """The least and the greatest id of a page that begin as a token says."""
     try:
@@ -116,10 +98,6 @@ def _verified_range(config: WebuiConfig, token: str) -> tuple[str, str]:
 def _signature(config: WebuiConfig, named: bytes) -> bytes:
     key = required_secret(config.secret_key, "webui.secret_key").encode()
     return hmac.digest(hmac.digest(key, _TOKEN_SALT, "sha256"), named, "sha256")[:_SIGNATURE_BYTES]
-
-
-def _serializer(config: WebuiConfig) -> URLSafeTimedSerializer:
-    return URLSafeTimedSerializer(required_secret(config.secret_key, "webui.secret_key"), salt=_SALT)
 
 
 def _url(config: WebuiConfig, token: str) -> str:

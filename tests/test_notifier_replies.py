@@ -16,15 +16,15 @@ from uuid import UUID
 import pytest
 import requests
 from notifier_fakes import free_port
-from sqlalchemy import insert, select
-from webui_site import Site, open_site, triaged
+from sqlalchemy import select
+from webui_site import Site, add_page, open_site, triaged
 
 from herald import links
 from herald.bus import open_bus
 from herald.config import Config, LedgerConfig, NotifierConfig
 from herald.errors import ConfigError
 from herald.events import SeriesReviewed, SeriesTriaged, utc_now
-from herald.ledger import audit, pages, results, reviews
+from herald.ledger import audit, results, reviews
 from herald.links import page_link, page_token, reply_address
 from notifier.replies import serve_replies
 from webui.service import serve as serve_webui
@@ -103,25 +103,7 @@ def page(site: Site, *, posted: bool = True) -> Paged:
     number = next(numbers)
     event = site.add(number) if posted else triaged(number)
     page_id = str(UUID(int=(number << 96) | number))
-    with site.ledger.begin() as connection:
-        connection.execute(
-            insert(pages).values(
-                page_id=page_id,
-                study_instance_uid=event.study_instance_uid,
-                series_instance_uid=event.series_instance_uid,
-                revision=event.revision,
-                step=0,
-                state="sent",
-                mode="live",
-                channel="smtp",
-                recipient=READER,
-                subject="",
-                body="",
-                finding_at=utc_now(),
-                due_at=utc_now(),
-                attempts=1,
-            )
-        )
+    add_page(site.ledger, event, page_id, recipient=READER)
     return Paged(event, page_id, page_token(site.config.webui, page_id))
 
 

@@ -16,7 +16,6 @@ from webui_site import Site, open_site
 from herald.config import NotifierConfig, PagingStep
 from herald.events import utc_now
 from herald.ledger import alarms, pages, vitals
-from herald.links import sign_link
 from webui.operations import masked
 
 
@@ -117,8 +116,7 @@ def test_acknowledging_a_study_takes_it_off_the_banner_at_once(site: Site, way: 
     client = site.client("rita")
     assert "ACC00001" in banner_of(client.get("/").text)
     if way == "link":
-        link = sign_link(site.config.webui, event.study_instance_uid, event.series_instance_uid, 1)
-        site.client().post(f"/page/{link.rpartition('/')[2]}")
+        site.client().post(site.link(event))
     else:
         client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": way})
     assert banner_of(client.get("/").text) == ""
@@ -167,8 +165,7 @@ def test_a_study_and_its_own_alarm_are_told_once(site: Site) -> None:
 def test_nobody_who_is_not_logged_in_sees_the_banner(site: Site) -> None:
     event = site.add(1)
     add_page(site, 1)
-    link = sign_link(site.config.webui, event.study_instance_uid, event.series_instance_uid, 1)
-    for address in ("/login", f"/page/{link.rpartition('/')[2]}"):
+    for address in ("/login", site.link(event)):
         html = site.client().get(address).text
         assert banner_of(html) == ""
         assert "banner.js" not in html

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import requests
 from notifier_fakes import Mailbox, free_port, smtp_server
-from sqlalchemy import func, insert, select
-from webui_site import open_site, triaged
+from sqlalchemy import func, select
+from webui_site import add_page, open_site, triaged
 
 from herald import links
 from herald.bus import open_bus
@@ -21,6 +21,8 @@ from notifier.service import serve as notify
 from webui import record, words
 from webui.service import serve
 
+OTHER_PAGE = "0a1b2c3d-4e5f-5071-8293-a4b5c6d7e8f9"
+
 
 @pytest.fixture
 def site(tmp_path):
@@ -28,16 +30,9 @@ def site(tmp_path):
         yield site
 
 
-def link(site, event, config=None) -> str:
-    url = links.sign_link(
-        config or site.config.webui, event.study_instance_uid, event.series_instance_uid, event.revision
-    )
-    return "/page/" + url.rpartition("/page/")[2]
-
-
 def test_the_link_of_a_page_shows_the_finding_without_images_and_without_log_in(site):
     event = site.add(1)
-    page = site.client().get(link(site, event)).text
+    page = site.client().get(site.link(event)).text
     for text in ("Positive", "93 %", "Intraparenchymal", "CT-EMERGENCY", "…0001", "Open images (log in)"):
         assert text in page
     assert "ACC00001" not in page
@@ -46,7 +41,7 @@ def test_the_link_of_a_page_shows_the_finding_without_images_and_without_log_in(
 
 def test_whoever_holds_the_link_acknowledges_and_the_study_is_acknowledged(site):
     event = site.add(1)
-    answer = site.client().post(link(site, event), follow_redirects=True)
+    answer = site.client().post(site.link(event), follow_redirects=True)
     assert "Nobody else will be paged" in answer.text
     assert "Acknowledged by pager link" in answer.text
     with site.ledger.read() as connection:
@@ -57,14 +52,14 @@ def test_whoever_holds_the_link_acknowledges_and_the_study_is_acknowledged(site)
 
 def test_a_reader_who_is_logged_in_acknowledges_under_their_name(site):
     event = site.add(1)
-    site.client("rita").post(link(site, event))
+    site.client("rita").post(site.link(event))
     with site.ledger.read() as connection:
         assert connection.execute(select(reviews.c.reader)).scalar_one() == "rita"
 
 
 def test_opening_a_link_does_not_acknowledge_but_is_audited(site):
     event = site.add(1)
-    site.client().get(link(site, event))
+    site.client().get(site.link(event))
     with site.ledger.read() as connection:
         assert connection.execute(select(reviews)).all() == []
         rows = connection.execute(select(audit.c.user, audit.c.action, audit.c.study_instance_uid)).all()
@@ -74,8 +69,9 @@ def test_opening_a_link_does_not_acknowledge_but_is_audited(site):
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_forged_damaged_or_expired_link_is_refused_in_words(site, method, monkeypatch):
     event = site.add(1)
-    good = link(site, event)
-    forged = link(site, event, replace(site.config.webui, secret_key="another key"))
+    good = site.link(event)
+    another = replace(site.config.webui, secret_key="another key")
+    forged = "/page/" + links.page_token(another, add_page(site.ledger, event, page_id=OTHER_PAGE))
     assert site.client().get(good).status_code == 200
     for bad in (forged, good[:-2], "/page/x"):
         answer = site.client().open(bad, method=method)
@@ -91,7 +87,7 @@ def test_a_forged_damaged_or_expired_link_is_refused_in_words(site, method, monk
 
 
 def test_a_link_that_comes_before_its_result_asks_to_reload(site):
-    answer = site.client().get(link(site, triaged(7)))
+    answer = site.client().get(site.link(triaged(7)))
     assert answer.status_code == 404
     assert "has not reached the web page" in answer.text
 
@@ -99,7 +95,7 @@ def test_a_link_that_comes_before_its_result_asks_to_reload(site):
 def test_a_link_to_an_older_revision_says_so(site):
     event = site.add(1)
     site.add(1, "negative", revision=2)
-    assert "a newer revision supersedes" in site.client().get(link(site, event)).text
+    assert "a newer revision supersedes" in site.client().get(site.link(event)).text
 
 
 # --- the link of a page in the ledger, and two readers at once -------------------------------------------------------
@@ -107,7 +103,7 @@ def test_a_link_to_an_older_revision_says_so(site):
 
 def test_the_short_link_of_a_page_in_the_ledger_acknowledges_too(site):
     event = site.add(1)
-    path = paged(site, event)
+    path = site.link(event)
     assert len(path) < 40
     assert "93 %" in site.client().get(path).text
     assert "Nobody else will be paged" in site.client().post(path, follow_redirects=True).text
@@ -116,21 +112,21 @@ def test_the_short_link_of_a_page_in_the_ledger_acknowledges_too(site):
 
 def test_who_acknowledges_without_log_in_may_say_who_it_is(site):
     event = site.add(1)
-    page = site.client().get(link(site, event)).text
+    page = site.client().get(site.link(event)).text
     assert 'autocomplete="name"' in page
-    site.client().post(link(site, event), data={"name": " Kim\r\nReader" + 60 * "x"})
+    site.client().post(site.link(event), data={"name": " Kim\r\nReader" + 60 * "x"})
     assert readers(site) == ["pager link (Kim Reader" + 30 * "x" + ")"]
-    assert "Kim Reader" in site.client().get(link(site, event)).text
-    assert 'autocomplete="name"' not in site.client("rita").get(link(site, site.add(2))).text
+    assert "Kim Reader" in site.client().get(site.link(event)).text
+    assert 'autocomplete="name"' not in site.client("rita").get(site.link(site.add(2))).text
 
 
 def test_who_is_second_is_told_who_was_first_and_when_and_is_recorded(site):
     event = site.add(1)
     first, second = site.client(), site.client()
-    assert "Acknowledge</button>" in second.get(link(site, event)).text
-    first.post(link(site, event), data={"name": "Anna"})
+    assert "Acknowledge</button>" in second.get(site.link(event)).text
+    first.post(site.link(event), data={"name": "Anna"})
     at = acknowledged(site, event)[1]
-    told = second.post(link(site, event), data={"name": "Ben"}, follow_redirects=True).text
+    told = second.post(site.link(event), data={"name": "Ben"}, follow_redirects=True).text
     assert f"pager link (Anna) was first, at {words.clock(at)}" in told
     assert re.search(rf"Acknowledged by pager link \(Anna\), \d+ s ago \({words.clock(at)}\)\.", marks(told))
     assert acknowledged(site, event) == ("pager link (Anna)", at)
@@ -139,7 +135,7 @@ def test_who_is_second_is_told_who_was_first_and_when_and_is_recorded(site):
 
 def test_who_is_second_on_the_series_page_is_told_who_was_first(site):
     event = site.add(1)
-    site.client().post(link(site, event), data={"name": "Anna"})
+    site.client().post(site.link(event), data={"name": "Anna"})
     review = f"/series/{event.series_instance_uid}/1/review"
     told = site.client("rita").post(review, data={"verdict": "acknowledge"}, follow_redirects=True).text
     assert "pager link (Anna) was first, at " in told
@@ -175,7 +171,7 @@ def test_of_many_readers_at_once_exactly_one_is_first_and_all_are_told_the_same(
 def test_of_two_phones_at_once_one_is_told_that_it_was_first(tmp_path):
     with open_site(tmp_path) as site, running(site) as url:
         for number in range(1, 6):
-            path = link(site, site.add(number))
+            path = site.link(site.add(number))
             gate = threading.Barrier(2)
 
             def tap(name: str, path: str = path, gate: threading.Barrier = gate) -> str:
@@ -195,8 +191,8 @@ def test_a_phone_that_refuses_cookies_can_acknowledge(tmp_path):
     with open_site(tmp_path, csrf=True) as site:
         event = site.add(1)
         phone = site.app.test_client(use_cookies=False)
-        assert phone.get(link(site, event)).status_code == 200
-        answer = phone.post(link(site, event))
+        assert phone.get(site.link(event)).status_code == 200
+        answer = phone.post(site.link(event))
         assert answer.status_code == 303
         assert "Acknowledged by pager link" in phone.get(answer.location).text
 
@@ -206,30 +202,30 @@ def test_the_page_says_what_else_there_is_in_the_study(site):
     other = replace(triaged(1, "negative"), series_instance_uid=f"{event.series_instance_uid}.2")
     assert site.put(other).status_code == 201
     assert site.put(replace(triaged(1), revision=2)).status_code == 201
-    page = marks(site.client().get(link(site, event)).text)
+    page = marks(site.client().get(site.link(event)).text)
     assert "Another series of this study is negative (2 %)." in page
     assert "a newer revision supersedes what this page was about, and it is positive (93 %)." in page
-    newer = marks(site.client().get(link(site, replace(event, revision=2))).text)
+    newer = marks(site.client().get(site.link(replace(event, revision=2))).text)
     assert "supersedes" not in newer
 
 
 def test_acknowledging_an_older_revision_leaves_the_newer_one_on_the_worklist(site):
     event = site.add(1)
     assert site.put(replace(triaged(1), revision=2)).status_code == 201
-    site.client().post(link(site, event))
+    site.client().post(site.link(event))
     assert acknowledged(site, event)[0] == "pager link"
     assert acknowledged(site, replace(event, revision=2)) == (None, None)
 
 
 def test_a_short_accession_number_is_not_shown_whole(site):
     event = site.add(1, accession_number="A1234")
-    page = site.client().get(link(site, event)).text
+    page = site.client().get(site.link(event)).text
     assert "…34" in page
     assert "…1234" not in page
 
 
 def test_a_refused_link_says_that_nothing_was_acknowledged_and_what_to_do(site):
-    page = marks(site.client().post(link(site, site.add(1))[:-2]).text)
+    page = marks(site.client().post(site.link(site.add(1))[:-2]).text)
     assert "Nothing was acknowledged with it. While nobody acknowledges, the next in line is paged." in page
     assert "Log in and open the worklist" in page
 
@@ -307,31 +303,6 @@ def page_of(site, event) -> tuple:
     )
     with site.ledger.read() as connection:
         return tuple(connection.execute(statement).one())
-
-
-def paged(site, event) -> str:
-    """A page of the event in the ledger; the path of its link."""
-    page_id = "0a1b2c3d-4e5f-5071-8293-a4b5c6d7e8f9"
-    with site.ledger.begin() as connection:
-        connection.execute(
-            insert(pages).values(
-                page_id=page_id,
-                study_instance_uid=event.study_instance_uid,
-                series_instance_uid=event.series_instance_uid,
-                revision=event.revision,
-                step=0,
-                state="sent",
-                mode="live",
-                channel="smtp",
-                recipient="reader@hospital.example",
-                subject="",
-                body="",
-                finding_at=utc_now(),
-                due_at=utc_now(),
-                attempts=1,
-            )
-        )
-    return "/page/" + links.page_link(site.config.webui, page_id).rpartition("/page/")[2]
 
 
 @contextmanager

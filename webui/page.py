@@ -81,9 +81,13 @@ def _judge(result: record.Result, verdict: str) -> ResponseReturnValue:
     record.add_review(context().ledger, event, action, user().name, prediction_shown=True)
     context().publisher.wake()
     flash(f"Recorded: {words.ACTIONS[action]}.")
-    describe = 1 if series.is_bleed(action, event) else None
-    here = {"series_instance_uid": event.series_instance_uid, "revision": event.revision}
-    return redirect(url_for("series.show", **here, describe=describe), 303)
+    here = url_for(
+        "series.show",
+        series_instance_uid=event.series_instance_uid,
+        revision=event.revision,
+        describe=1 if series.is_bleed(action, event) else None,
+    )
+    return redirect(here, 303)
 
 
 @blueprint.errorhandler(LinkError)

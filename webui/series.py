@@ -180,13 +180,14 @@ def undo(series_instance_uid: str, revision: int) -> ResponseReturnValue:
 
 def _answer(event: SeriesTriaged, said: str, *, describes: bool = False) -> ResponseReturnValue:
     """What was done, in words: on the page again, or for a script on the part of it that has changed."""
-    here = {"series_instance_uid": event.series_instance_uid, "revision": event.revision}
+    uid, revision = event.series_instance_uid, event.revision
     if request.headers.get("X-Fragment") == "read":
-        result = viewer.result_of(**here)
+        result = viewer.result_of(uid, revision)
         # a part that is shown in place reveals nothing: only the page itself does, which notes it
-        return render_template("series/read.html", said=said, here=here, **_read(result, _is_unseen(event), describes))
+        return render_template("series/read.html", said=said, **_read(result, _is_unseen(event), describes))
     flash(said)
-    return redirect(url_for(".show", **here, describe=1 if describes else None), 303)
+    here = url_for(".show", series_instance_uid=uid, revision=revision, describe=1 if describes else None)
+    return redirect(here, 303)
 
 
 def _read(result: Result, hidden: bool, describes: bool) -> dict[str, Any]:
@@ -201,6 +202,7 @@ def _read(result: Result, hidden: bool, describes: bool) -> dict[str, Any]:
     return {
         "result": result,
         "event": event,
+        "here": {"series_instance_uid": event.series_instance_uid, "revision": event.revision},
         "blind": hidden,
         "may_review": user().role in ("reader", "admin"),
         "standing": [one for one in said if one.review in standing.values()],
