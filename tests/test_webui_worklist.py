@@ -1,12 +1,18 @@
+import html
+import re
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from urllib.parse import quote_from_bytes, urlencode
 
 import pytest
-from sqlalchemy import insert
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import insert, select, update
 from webui_site import open_site, triaged
 
-from herald.events import utc_now
-from herald.ledger import results, series
+from herald.config import LedgerConfig
+from herald.events import Finding, utc_now
+from herald.ledger import open_ledger, results, series
 from webui import record
 from webui.record import WorklistQuery
 
@@ -34,19 +40,70 @@ def review(site, event, verdict: str, who: str = "rita"):
     )
 
 
-def test_positives_that_nobody_acknowledged_come_first_then_the_newest(site):
+def test_positives_that_nobody_acknowledged_come_first_with_the_longest_wait_on_top_then_the_newest(site):
     for number, disposition in ((1, "negative"), (2, "failed"), (3, "positive"), (4, "not_eligible"), (5, "positive")):
         site.put(triaged(number, disposition))
-    assert accessions(site) == ["ACC00003", "ACC00005", "ACC00001", "ACC00002", "ACC00004"]
-    review(site, triaged(3), "acknowledge")
-    assert accessions(site) == ["ACC00005", "ACC00001", "ACC00002", "ACC00003", "ACC00004"]
+    assert accessions(site) == ["ACC00005", "ACC00003", "ACC00001", "ACC00002", "ACC00004"]  # 5 is the oldest
+    review(site, triaged(5), "acknowledge")
+    assert accessions(site) == ["ACC00003", "ACC00001", "ACC00002", "ACC00004", "ACC00005"]
 
 
-def test_only_the_newest_revision_is_listed(site):
-    site.put(replace(triaged(1), revision=2, disposition="negative"))
-    site.put(triaged(1))  # posted late
+def test_an_order_over_pages_shows_every_series_once(site, monkeypatch):
+    monkeypatch.setattr(record, "PAGE_SIZE", 3)
+    for number in range(1, 9):
+        site.put(triaged(number, "positive" if number % 2 else "negative"))
+    assert [accessions(site, page=page) for page in (1, 2, 3)] == [
+        ["ACC00007", "ACC00005", "ACC00003"],
+        ["ACC00001", "ACC00002", "ACC00004"],
+        ["ACC00006", "ACC00008"],
+    ]
+
+
+def columns(ledger) -> list[tuple[bool | None, str | None, bool | None]]:
+    """superseded, leading_finding and disagreement, by series and revision."""
+    of = (results.c.superseded, results.c.leading_finding, results.c.disagreement)
+    statement = select(*of).order_by(results.c.series_instance_uid, results.c.revision)
+    with ledger.read() as connection:
+        return [tuple(row) for row in connection.execute(statement)]
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)])
+def test_only_the_newest_revision_is_listed_in_whatever_order_they_are_posted(site, order):
+    for revision in order:
+        disposition = "positive" if revision == 1 else "not_eligible"
+        site.put(triaged(1, disposition, revision=revision))
     rows = record.find_worklist(site.ledger, WorklistQuery()).rows
-    assert [(row.result.event.revision, row.result.event.disposition) for row in rows] == [(2, "negative")]
+    assert [(row.result.event.revision, row.result.event.disposition) for row in rows] == [(3, "not_eligible")]
+    assert columns(site.ledger) == [(True, "iph", True), (True, None, False), (False, None, False)]
+
+
+def test_results_of_an_earlier_version_are_listed_and_then_completed(ledger_url):
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    for revision in (1, 2):
+        record.upsert_result(ledger, triaged(1, revision=revision))
+    record.upsert_result(ledger, triaged(2))
+    with ledger.begin() as connection:
+        connection.execute(update(results).values(superseded=None, leading_finding=None, disagreement=None))
+    assert record.find_worklist(ledger, WorklistQuery()).total == 3
+    assert record.complete_results(ledger) == 3
+    assert record.complete_results(ledger) == 0
+    assert columns(ledger) == [(True, "iph", True), (False, "iph", True), (False, "iph", True)]
+    found = record.find_worklist(ledger, WorklistQuery(finding="iph", disagreement=True))
+    assert [(row.result.event.series_instance_uid, row.result.event.revision) for row in found.rows] == [
+        (triaged(2).series_instance_uid, 1),
+        (triaged(1).series_instance_uid, 2),
+    ]
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "leading"),
+    [({"any": 0.99, "sah": 0.4, "ivh": 0.6}, "ivh"), ({"any": 0.9}, "any"), ({}, None)],
+)
+def test_the_leading_finding_is_the_most_probable_kind_of_a_positive(probabilities, leading):
+    findings = tuple(Finding(kind, chance, 1.0, 1, "1.2") for kind, chance in probabilities.items())
+    assert record.leading_finding(triaged(1, findings=findings)) == leading
+    assert record.leading_finding(triaged(1, "negative", findings=findings)) is None
 
 
 def test_filters_and_search_select_rows(site):
@@ -56,13 +113,135 @@ def test_filters_and_search_select_rows(site):
     review(site, triaged(2), "acknowledge")
     assert accessions(site, disposition="failed") == ["ACC00003"]
     assert accessions(site, unreviewed=True) == ["ACC00002", "ACC00003"]  # to acknowledge is not to read
-    assert accessions(site, search="acc00002") == ["ACC00002"]
     assert accessions(site, search=triaged(3).series_instance_uid) == ["ACC00003"]
-    assert accessions(site, search=triaged(3).study_instance_uid) == ["ACC00003"]
-    assert accessions(site, search="%") == []
-    page = site.client("rita").get("/?search=ACC00002").text
-    assert "ACC00002" in page
-    assert "ACC00001" not in page
+
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+MIDNIGHT = datetime(2026, 3, 2, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Five series: bleeds of two kinds, two scanners, two days."""
+    with open_site(tmp_path_factory.mktemp("many")) as site:
+        site.put(triaged(1, "positive", scanner="CT 1", occurred_at=NOON))
+        subarachnoid = tuple(
+            replace(finding, probability=0.91) if finding.kind == "sah" else finding for finding in triaged(2).findings
+        )
+        site.put(triaged(2, "positive", scanner="CT 2", findings=subarachnoid, occurred_at=MIDNIGHT))
+        site.put(triaged(3, "negative", scanner="CT 2", occurred_at=MIDNIGHT - timedelta(microseconds=1)))
+        site.put(triaged(4, "not_eligible", scanner="CT <2>", occurred_at=NOON))
+        site.put(triaged(5, "negative", scanner="CT 1", disagreements=(), occurred_at=NOON))
+        review(site, triaged(3, "negative"), "agree")
+        yield site
+
+
+@pytest.fixture(scope="module")
+def rita(many):
+    return many.client("rita")
+
+
+def rows_url(page: str) -> str:
+    """Where the page will ask for its rows."""
+    return html.unescape(re.findall(r'id="rows" data-url="([^"]+)"', page)[0])
+
+
+def listed(page: str) -> set[int]:
+    return {int(number) for number in re.findall(r">ACC0*(\d+)</a>", page)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {1, 2, 3, 4, 5}),
+        ({"disposition": "negative"}, {3, 5}),
+        ({"finding": "iph"}, {1}),
+        ({"finding": "sah"}, {2}),
+        ({"finding": "ivh"}, set()),
+        ({"scanner": "CT 2"}, {2, 3}),
+        ({"scanner": "CT <2>"}, {4}),
+        ({"from": "2026-03-02"}, {2}),
+        ({"to": "2026-03-01"}, {1, 3, 4, 5}),
+        ({"from": "2026-03-01", "to": "2026-03-01"}, {1, 3, 4, 5}),
+        ({"from": "2026-03-03", "to": "2026-03-01"}, set()),
+        ({"unreviewed": "1"}, {1, 2, 4, 5}),
+        ({"disagreement": "1"}, {1, 2, 3}),
+        ({"search": "acc00002"}, {2}),
+        ({"search": triaged(3).study_instance_uid}, {3}),
+        ({"search": "%"}, set()),
+        ({"disposition": "negative", "scanner": "CT 1", "unreviewed": "1", "to": "9999-12-31"}, {5}),
+        ({"finding": "", "from": "", "scanner": "", "page": ""}, {1, 2, 3, 4, 5}),
+    ],
+)
+def test_an_address_selects_rows_and_the_form_shows_what_it_asks(rita, asked, expected):
+    page = rita.get("/", query_string=asked).text
+    assert listed(page) == expected
+    assert "left out" not in page
+    assert listed(rita.get(rows_url(page)).text) == expected
+    for name, value in asked.items():
+        if name in ("unreviewed", "disagreement"):
+            assert re.search(f'name="{name}" value="1" checked', page)
+        elif value:
+            chosen = re.escape(html.escape(value))
+            assert re.search(f'value="{chosen}" selected|name="{name}"[^>]* value="{chosen}"', page)
+    assert ('<details class="more" open' in page) == any(
+        asked.get(name) for name in ("finding", "scanner", "from", "to", "disagreement")
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"disposition": "nonsense"}, "Disposition “nonsense” was left out: it is not one of the choices."),
+        ({"finding": "any"}, "Finding “any” was left out: it is not one of the choices."),
+        ({"scanner": "<b>"}, "Scanner “<b>” was left out: it is not one of the choices."),
+        ({"from": "yesterday"}, "From “yesterday” was left out: a day is written as in 2026-01-31."),
+        ({"to": "2026-02-30"}, "To “2026-02-30” was left out: a day is written as in 2026-01-31."),
+        ({"to": "10000-01-01"}, "To “10000-01-01” was left out"),
+        ({"unreviewed": "yes"}, "Not yet reviewed “yes” was left out: it is 1 or nothing."),
+        ({"search": "a\x00b"}, "Search “a�b” was left out"),
+        ({"search": "x" * 65}, f"Search “{'x' * 40}” was left out"),
+        ({"page": "two"}, "Page “two” was left out: it is not a number."),
+    ],
+)
+def test_what_cannot_be_understood_is_left_out_and_said(rita, asked, said):
+    page = rita.get("/", query_string=asked).text
+    assert said in html.unescape(page)
+    assert listed(page) == {1, 2, 3, 4, 5}
+    assert next(iter(asked)) not in rows_url(page)
+
+
+names = st.sampled_from(
+    ["disposition", "finding", "scanner", "from", "to", "unreviewed", "disagreement", "search", "page"]
+)
+values = st.one_of(
+    st.text(max_size=80), st.integers().map(str), st.dates().map(str), st.sampled_from(["1", "positive"])
+)
+
+
+@given(
+    asked=st.lists(st.tuples(st.one_of(names, st.text(max_size=12)), values), max_size=6), raw=st.binary(max_size=40)
+)
+@settings(max_examples=40, deadline=None)
+def test_no_address_whatsoever_is_an_error(rita, asked, raw):
+    for query in (urlencode(asked, errors="replace"), quote_from_bytes(raw, safe="&=%+")):
+        for path in ("/", "/worklist/rows"):
+            assert rita.get(f"{path}?{query}").status_code == 200
+
+
+def test_paging_keeps_the_filters(rita, monkeypatch):
+    monkeypatch.setattr(record, "PAGE_SIZE", 1)
+    seen = set()
+    page = rita.get("/?scanner=CT+2&to=2026-03-02&nonsense=1").text
+    seen |= listed(page)
+    (following,) = re.findall(r'rel="next" href="([^"]+)"', page)
+    assert "nonsense" not in following
+    page = rita.get(html.unescape(following)).text
+    seen |= listed(page)
+    assert seen == {2, 3}
+    assert "page 2 of 2" in page
+    assert 'rel="next" href' not in page
+    assert "page=2" in rows_url(page)
 
 
 def test_ten_thousand_series_are_paged_by_the_server(site):
@@ -183,11 +362,12 @@ def test_in_shadow_mode_neither_words_nor_order_tell_a_reader_the_prediction(sha
     page = shadow.client("rita").get("/").text
     assert page.index("ACC00001") < page.index("ACC00002") < page.index("ACC00003")
     assert page.count("to be read") == 2
-    for telling in ("Positive", "Negative", "93 %", "2 %", "urgent", 'value="positive"'):
+    for telling in ("Positive", "Negative", "93 %", "2 %", "urgent", 'value="positive"', "Leading finding", "Sound"):
         assert telling not in page
     assert "Failed" in page
-    both = shadow.client("rita").get("/?disposition=positive").text
-    assert "ACC00001" in both  # a filter would tell it, too
+    for filter_ in ("disposition=positive", "finding=iph"):
+        both = shadow.client("rita").get(f"/?{filter_}").text
+        assert {"ACC00001", "ACC00002"} <= set(re.findall(r"ACC\d+", both))  # a filter would tell it, too
     assert 'data-unacknowledged="0"' in page
 
 
