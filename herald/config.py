@@ -250,6 +250,8 @@ class WebuiConfig:
     port: int = 8080
     public_url: str = ""
     """How readers reach the web UI; empty means `notifier.webui_url`."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of reverse proxies that tell a reader's address by X-Forwarded-For."""
     token: str = ""
     """Secret with which the notifier posts results; `file:PATH` reads it from a file."""
     secret_key: str = ""

@@ -344,6 +344,8 @@ Index(
     results.c.series_instance_uid,
     results.c.revision,
 )
+# log-ins ask how many failed lately
+Index("ix_audit_lately", audit.c.action, audit.c.occurred_at)
 Index("ix_audit_series", audit.c.series_instance_uid, audit.c.action)
 
 

@@ -17,7 +17,7 @@ from herald.config import Config, required_secret
 from herald.errors import LedgerError, LinkError, StoreError
 from herald.ledger import Ledger
 from herald.store import StudyStore
-from webui import api, oidc, operations, page, record, series, session, viewer, words, worklist
+from webui import api, audit, oidc, operations, page, proxy, record, series, session, viewer, words, worklist
 from webui.context import EXTENSION, Context
 from webui.live import Live
 from webui.picture import Pictures
@@ -96,7 +96,9 @@ def create_app(config: Config, ledger: Ledger, store: StudyStore, bus: Bus) -> F
     protect = CSRFProtect(app)
     protect.exempt(api.blueprint)
     protect.exempt(page.acknowledge)  # nobody can forge it: its address holds the signed token, cookies or not
+    proxy.init_app(app, config.webui.trusted_proxies)
     session.init_app(app)
+    audit.init_app(app)
     oidc.init_app(app, config)
     for part in (api, worklist, series, viewer, page, operations):
         app.register_blueprint(part.blueprint)

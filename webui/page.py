@@ -2,22 +2,23 @@
 
 from typing import cast
 
-from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
+from flask import Blueprint, abort, flash, make_response, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from flask_login import current_user  # type: ignore[import-untyped]
 
 from herald.errors import LinkError
 from herald.events import Action
 from herald.links import ReviewLink, follow_link
-from webui import blind, record, series, viewer, words
+from webui import audit, blind, record, series, viewer, words
 from webui.context import context
-from webui.session import address, public, user
+from webui.session import RETRY_AFTER, address, public, refused_too_often, user
 
 blueprint = Blueprint("page", __name__, url_prefix="/page")
 
 ANYBODY = "pager link"
 """Reader of an acknowledgement by whoever holds the link."""
 LONGEST_NAME = 40
+REFUSED = "link-refused"
 
 
 @blueprint.get("/<token>")
@@ -27,7 +28,7 @@ def show(token: str) -> ResponseReturnValue:
     parts = context()
     link = _follow(token)
     result = record.find_result(parts.ledger, link.series_instance_uid, link.revision)
-    record.add_audit(parts.ledger, _who(), address(), "view-page", link.study_instance_uid, link.series_instance_uid)
+    audit.add_view(link.study_instance_uid, link.series_instance_uid, "view-page", who=_who())
     if result is None:
         return render_template("page/waiting.html"), 404
     study = record.find_analysed(parts.ledger, link.study_instance_uid)
@@ -98,8 +99,17 @@ def refused(error: LinkError) -> ResponseReturnValue:
 
 def _follow(token: str) -> ReviewLink:
     parts = context()
-    with parts.ledger.read() as connection:
-        return follow_link(parts.config.webui, connection, token)
+    try:
+        with parts.ledger.read() as connection:
+            return follow_link(parts.config.webui, connection, token)
+    except LinkError:
+        # A link that holds is followed whatever others at its address tried: they may share a hospital's proxy, and
+        # nobody guesses 64 bits.
+        if refused_too_often(REFUSED):
+            reason = "too many links that do not hold were opened from here; wait five minutes before you try others"
+            abort(make_response(render_template("page/refused.html", reason=reason), 429, RETRY_AFTER))
+        record.add_audit(parts.ledger, "", address(), REFUSED)
+        raise
 
 
 def _may_review() -> bool:

@@ -239,6 +239,13 @@ def find_result(ledger: Ledger, series_instance_uid: str, revision: int) -> Resu
     return _result(row) if row else None
 
 
+def study_of(ledger: Ledger, series_instance_uid: str) -> str:
+    """The StudyInstanceUID of a series that has a result, or nothing."""
+    statement = select(results.c.study_instance_uid).where(results.c.series_instance_uid == series_instance_uid)
+    with ledger.read() as connection:
+        return connection.execute(statement.limit(1)).scalar() or ""
+
+
 def newest_revision(ledger: Ledger, series_instance_uid: str) -> int | None:
     """The newest revision of a series that has a result, or None."""
     statement = select(func.max(results.c.revision)).where(results.c.series_instance_uid == series_instance_uid)

@@ -10,11 +10,11 @@ from flask.typing import ResponseReturnValue
 from herald.events import Action, Finding, SeriesTriaged
 from herald.signatures import FINDINGS, HEADS
 from herald.volume import WINDOWS
-from webui import blind, record, viewer, words
+from webui import audit, blind, record, viewer, words
 from webui.context import context
 from webui.picture import Stack
 from webui.record import Result, Review
-from webui.session import address, allow, user
+from webui.session import allow, user
 
 blueprint = Blueprint("series", __name__, url_prefix="/series")
 
@@ -79,9 +79,7 @@ def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     describes = "describe" in request.args
     # who still says what kind it is has not been shown the prediction
     hidden = _is_unseen(event) if describes else blind.is_hidden(event)
-    record.add_audit(
-        parts.ledger, user().name, address(), record.VIEW_SERIES, event.study_instance_uid, event.series_instance_uid
-    )
+    audit.add_view(event.study_instance_uid, event.series_instance_uid, record.VIEW_SERIES)
     if not hidden:
         blind.note_shown(event)
     stack, no_picture = viewer.find_stack(event)

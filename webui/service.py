@@ -50,7 +50,7 @@ def serve(config: Config, stop: threading.Event) -> None:
             connection_limit=CONNECTIONS,
             channel_request_lookahead=1,  # so that waitress sees when the reader of a stream goes away
             ident=None,
-            clear_untrusted_proxy_headers=True,
+            clear_untrusted_proxy_headers=not config.webui.trusted_proxies,  # else webui.proxy judges them
         )
     except OSError as error:
         wasyncore.close_all(sockets, ignore_all=True)
