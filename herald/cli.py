@@ -354,6 +354,54 @@ def phantom(
         out.print(f"{len(truth)} series under {target}; truth in {target / 'truth.json'}")
 
 
+@app.command()
+def report(
+    first: Annotated[datetime, typer.Option("--from", formats=["%Y-%m-%d"], help="First day of the period (UTC).")],
+    last: Annotated[datetime, typer.Option("--to", formats=["%Y-%m-%d"], help="Its last day, which is included.")],
+    html: Annotated[Path | None, typer.Option(help="Write the report here: one file that loads nothing.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write its figures here.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Walk the record's chain of hashes first, and stop where it is broken."),
+    ] = False,
+    head: Annotated[str, typer.Option(help="With --verify: the hash of an entry that was written down.")] = "",
+    entries: Annotated[int | None, typer.Option(help="With --verify: the number of that entry.", min=1)] = None,
+    readers: Annotated[
+        int | None, typer.Option(help="Readers of the queue simulation; default as the record tells.", min=1)
+    ] = None,
+    read_minutes: Annotated[
+        float | None, typer.Option(help="Mean minutes of a reading there; default as the record tells.", min=0.1)
+    ] = None,
+) -> None:
+    """The validation report of a period, from the record. Exit status 1 when the record does not hold (--verify)."""
+    from herald.validation import chain
+    from herald.validation import report as validation_report
+
+    if html is None and json_file is None and not verify:
+        raise typer.BadParameter("say where the report goes: --html FILE, --json FILE, or --verify alone")
+    if (head or entries) and not verify:
+        raise typer.BadParameter("--head and --entries belong to --verify")
+    config = _config()
+    validation_report.period(first.date(), last.date())
+    with _ledger() as ledger:
+        if verify:
+            verified = chain.verify(ledger, head, entries)
+            if verified.fault:
+                err.print(f"[red]entry {verified.fault.entry}:[/] {verified.fault.why}", highlight=False)
+                raise typer.Exit(1)
+            err.print(f"{verified.entries} entries hold; head {verified.head_sha256}", highlight=False)
+        if html is None and json_file is None:
+            return
+        with ledger.read() as connection:
+            span = (first.date(), last.date())
+            found = validation_report.from_record(connection, config, *span, readers, read_minutes)
+    for path, text in ((html, validation_report.page), (json_file, validation_report.as_json)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(found), encoding="utf-8")
+            err.print(f"written: {path}", highlight=False)
+
+
 @user_app.command("add")
 def user_add(
     name: Annotated[str, typer.Argument(help="Log-in name.")],
