@@ -5,14 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 from webui_site import HOTTEST, PASSWORD, SLICES, Site, open_site, served
 
 from herald.bus import open_bus
 from herald.events import SeriesReviewed
+from herald.ledger import reviews
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
 DESKTOP = {"width": 1366, "height": 900}
+SERIES = "1.2.826.0.1.3680043.8.498"
+LAPTOP = {"width": 1366, "height": 768}
 PHONE = {"width": 360, "height": 740}
 
 
@@ -30,11 +34,17 @@ def pictures(tmp_path) -> Path:
     return folder
 
 
-def open_page(chromium, site: Site, viewport, path: str = "/"):
+def open_page(chromium, site: Site, viewport, path: str = "/", **options):
     """A page in a context of its own that collects what the browser complains about."""
-    page = chromium.new_context(viewport=viewport, base_url=site.config.webui.public_url).new_page()
+    page = chromium.new_context(viewport=viewport, base_url=site.config.webui.public_url, **options).new_page()
     page.complaints = []
-    page.on("console", lambda said: page.complaints.append(said.text) if said.type in ("error", "warning") else None)
+
+    def listen(said) -> None:
+        # a GPU in software is slow, and says so
+        if said.type in ("error", "warning") and "GL Driver Message" not in said.text:
+            page.complaints.append(said.text)
+
+    page.on("console", listen)
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     page.goto(path)
     return page
@@ -59,15 +69,31 @@ def fits(page) -> bool:
     )
 
 
-def fetched(site: Site) -> SeriesReviewed:
-    bus = open_bus(site.config.bus)
+def fetched(site: Site, count: int) -> list[SeriesReviewed]:
+    """What reached the bus: so many reviews, and no more."""
+    bus, events = open_bus(site.config.bus), []
     try:
-        delivery = bus.fetch("test", ("reviews",), timeout_s=10)
-        assert delivery is not None, "no review reached the bus"
-        assert isinstance(delivery.event, SeriesReviewed)
-        return delivery.event
+        while len(events) < count:
+            delivery = bus.fetch("test", ("reviews",), timeout_s=20)
+            assert delivery is not None, f"only {len(events)} reviews reached the bus"
+            assert isinstance(delivery.event, SeriesReviewed)
+            bus.ack(delivery)
+            events.append(delivery.event)
+        assert bus.fetch("test", ("reviews",), timeout_s=0) is None
+        return events
     finally:
         bus.close()
+
+
+def kept(site: Site) -> list:
+    with site.ledger.read() as connection:
+        return list(connection.execute(select(reviews).order_by(reviews.c.occurred_at)).mappings())
+
+
+def high(locator, least: int = 44) -> bool:
+    """Whether every one is high and wide enough for a thumb (44 px: WCAG 2.5.5)."""
+    boxes = [one.bounding_box() for one in locator.all()]
+    return bool(boxes) and all(box["height"] >= least and box["width"] >= least for box in boxes)
 
 
 def fill(site: Site) -> None:
@@ -111,17 +137,100 @@ def test_a_reader_logs_in_finds_the_positive_looks_and_agrees_by_keyboard(chromi
         page.keyboard.press(key)
     assert page.locator("#picture").get_attribute("src") == first
 
-    page.get_by_label("What you see").select_option("iph")
-    page.get_by_label("Note").fill("left basal ganglia: a, d and u are only letters here")
-    page.keyboard.press("Escape")
-    page.keyboard.press("a")
-    page.get_by_text("Recorded: agreed.").wait_for()
-    page.screenshot(path=pictures / "series-agreed.png", full_page=True)
-    event = fetched(site)
-    assert (event.action, event.reader) == ("agree", "rita")
-    page.keyboard.press("n")
+    for key in ("a", "i", "n"):  # no wait between them: what is typed while the verdict is saved is not lost
+        page.keyboard.press(key)
     page.wait_for_url("**/series/*.2.1/1")  # the negative is the next unread
+    assert [(event.action, event.reader) for event in fetched(site, 2)] == [("agree", "rita")] * 2
+    assert [(row["finding_kind"], row["undone_at"]) for row in kept(site)] == [(None, None), ("iph", None)]
     assert page.complaints == []
+
+
+def test_from_the_link_of_a_page_to_the_next_series(chromium, site, pictures):
+    """Page link, log-in, images, acknowledgement, verdict, kind, note, undo, verdict, next: and all on the bus."""
+    event = site.add(1)
+    site.add(2, "negative")
+    page = open_page(chromium, site, LAPTOP, site.link(event))
+    page.get_by_role("link", name="Open images (log in)").click()
+    log_in(page)
+    picture_loaded(page)
+    recorded = page.locator("#recorded")
+    page.screenshot(path=pictures / "read.png")
+    for shown in ("h1", ".gist meter", ".gist .tag", "#picture", "#review [data-key=a]", "#review [data-key=d]"):
+        place = page.locator(shown).first.bounding_box()
+        assert place["y"] + place["height"] <= LAPTOP["height"], f"{shown} is below the fold"
+
+    page.keyboard.press("k")
+    sync_api.expect(recorded).to_have_text("Recorded: acknowledged.")
+    page.keyboard.press("a")
+    dialog = page.get_by_role("dialog", name="Which kind of haemorrhage?")
+    dialog.wait_for()
+    assert page.evaluate("document.activeElement.closest('dialog') !== null")
+    page.screenshot(path=pictures / "read-kind.png")
+    window = page.locator("[data-window-name][aria-current]").text_content()
+    page.keyboard.press("4")  # a key of the viewer, which has no say here
+    page.keyboard.press("t")
+    page.keyboard.type("left basal ganglia: a, d, u and z are only letters here")
+    page.keyboard.press("Escape")
+    assert dialog.is_visible()
+    page.keyboard.press("i")
+    sync_api.expect(recorded).to_have_text("Recorded: agreed, intraparenchymal.")
+    assert page.evaluate("document.activeElement.id") == "next"
+    assert page.locator("[data-window-name][aria-current]").text_content() == window
+    page.get_by_text("left basal ganglia").first.wait_for()
+    page.screenshot(path=pictures / "read-agreed.png", full_page=True)
+
+    page.keyboard.press("z")
+    sync_api.expect(recorded).to_contain_text("Your verdict is taken back")
+    page.screenshot(path=pictures / "read-undone.png")
+    page.keyboard.press("a")
+    dialog.wait_for()
+    page.keyboard.press("Escape")
+    sync_api.expect(recorded).to_have_text("Recorded: agreed.")
+    sync_api.expect(dialog).not_to_be_visible()
+    page.keyboard.press("n")
+    page.wait_for_url("**/series/*.2.1/1")
+    assert [said.action for said in fetched(site, 4)] == ["acknowledge", "agree", "agree", "agree"]
+    rows = kept(site)
+    assert [bool(row["undone_at"]) for row in rows] == [False, True, True, False]
+    assert rows[2]["note"] == "left basal ganglia: a, d, u and z are only letters here"
+    assert all(row["opened_at"] for row in rows)
+    assert page.complaints == []
+
+
+def test_a_blind_reader_says_what_there_is_and_is_then_shown_the_prediction(chromium, tmp_path, pictures):
+    with open_site(tmp_path, mode="shadow") as unserved, served(unserved) as site:
+        site.add(1)
+        page = open_page(chromium, site, LAPTOP, f"/series/{SERIES}.1.1/1")
+        log_in(page)
+        picture_loaded(page)
+        page.screenshot(path=pictures / "blind.png")
+        assert "93 %" not in page.content()
+        page.keyboard.press("y")
+        dialog = page.get_by_role("dialog")
+        dialog.wait_for()
+        assert "93 %" not in page.content()
+        page.keyboard.press("s")
+        page.get_by_text("The prediction is shown now.").wait_for()
+        picture_loaded(page)
+        assert "93 %" in page.content()
+        page.screenshot(path=pictures / "blind-revealed.png")
+        rows = kept(site)
+        assert [(row["finding_kind"], row["prediction_shown"]) for row in rows] == [("any", False), ("sah", False)]
+        assert page.complaints == []
+
+
+def test_a_verdict_that_could_not_be_sent_is_said_and_is_not_lost(chromium, site):
+    site.add(1)
+    page = open_page(chromium, site, LAPTOP, f"/series/{SERIES}.1.1/1")
+    log_in(page)
+    picture_loaded(page)
+    page.route("**/review", lambda route: route.abort())
+    page.keyboard.press("a")
+    page.get_by_text("Not recorded: Herald gave no answer").wait_for()
+    page.unroute("**/review")
+    page.keyboard.press("a")
+    page.get_by_role("dialog").wait_for()
+    assert [row["action"] for row in kept(site)] == ["agree"]
 
 
 def test_a_new_positive_comes_onto_the_open_worklist_by_itself(chromium, site):
@@ -138,24 +247,51 @@ def test_a_new_positive_comes_onto_the_open_worklist_by_itself(chromium, site):
     page.get_by_text("A new positive series has arrived.").wait_for()
 
 
-def test_a_page_is_acknowledged_on_a_phone_and_leads_to_the_images_after_log_in(chromium, site, pictures):
+def test_a_page_is_answered_on_a_phone(chromium, site, pictures):
+    """Acknowledge without log-in; images, verdict and kind after it, all by touch."""
     event = site.add(1)
-    fill_others = [site.add(number, "negative") for number in (2, 3)]
-    page = open_page(chromium, site, PHONE, site.link(event))
+    other = site.add(2, "negative")
+    page = open_page(chromium, site, PHONE, site.link(event), has_touch=True, is_mobile=True, device_scale_factor=2)
     page.screenshot(path=pictures / "phone-page.png")
     assert fits(page)
     assert page.locator("img[src*=slice]").count() == 0
-    page.get_by_role("button", name="Acknowledge").click()
+    acknowledge = page.get_by_role("button", name="Acknowledge")
+    assert high(acknowledge, 60)
+    place = acknowledge.bounding_box()
+    assert place["y"] + place["height"] <= PHONE["height"]
+    acknowledge.tap()
     page.get_by_text("Nobody else will be paged").wait_for()
-    assert fetched(site).action == "acknowledge"
+    page.get_by_text("Acknowledged by pager link").wait_for()
     page.screenshot(path=pictures / "phone-acknowledged.png")
-    page.get_by_role("link", name="Open images").click()
+    assert [said.action for said in fetched(site, 1)] == ["acknowledge"]
+
+    page.get_by_role("link", name="Open images").tap()
     log_in(page)
     picture_loaded(page)
+    page.screenshot(path=pictures / "phone-read.png")
     page.screenshot(path=pictures / "phone-series.png", full_page=True)
     assert fits(page)
-    page.get_by_role("link", name="Herald", exact=True).click()
-    page.get_by_role("link", name=fill_others[0].accession_number).wait_for()
+    verdicts = page.locator("#review button")
+    assert high(verdicts)
+    for button in verdicts.all():  # under the thumb, without scrolling
+        place = button.bounding_box()
+        assert 0 <= place["y"] <= PHONE["height"] - place["height"]
+    page.get_by_role("button", name="Agree", exact=True).tap()
+    page.get_by_role("dialog").wait_for()
+    page.screenshot(path=pictures / "phone-kind.png")
+    assert high(page.locator("dialog button"))
+    assert fits(page)
+    page.get_by_role("button", name="Subarachnoid").tap()
+    page.get_by_text("Recorded: agreed, subarachnoid.").wait_for()
+    assert kept(site)[-1]["finding_kind"] == "sah"
+
+    page.goto(site.link(event))  # who is logged in sees the key picture there, and can judge
+    sync_api.expect(page.locator(".key-picture img")).to_have_js_property("complete", True)
+    page.screenshot(path=pictures / "phone-page-logged-in.png", full_page=True)
+    assert fits(page)
+    assert high(page.locator(".actions button"))
+    page.get_by_role("link", name="Herald", exact=True).tap()
+    page.get_by_role("link", name=other.accession_number).wait_for()
     page.screenshot(path=pictures / "phone-worklist.png", full_page=True)
     assert fits(page)
     assert page.complaints == []

@@ -243,8 +243,10 @@ def test_a_blind_reader_who_is_asked_for_the_kind_is_still_shown_nothing(shadow:
     page = client.get(judge(client, event, "haemorrhage").location).text
     assert "Which kind of haemorrhage?" in page
     assert not [word for word in TELLING if word in page]
-    assert client.get(address(event) + "/slice/8.png?mask=1").status_code == 200  # judged: it is shown on asking
+    mask = f"{address(event)}/slice/8.png?mask=1"
+    assert client.get(mask).status_code == 403  # only the page shows the prediction, since it notes that
     assert "93 %" in client.get(address(event)).text
+    assert client.get(mask).status_code == 200
 
 
 @pytest.mark.parametrize("disposition", ["positive", "negative"])

@@ -50,6 +50,11 @@ def is_hidden(event: SeriesTriaged) -> bool:
     return record.is_hidden(context().ledger, event, reader())
 
 
+def is_unseen(event: SeriesTriaged) -> bool:
+    """Whether who is logged in has not been shown the prediction of a blind series: judged, it is shown by the page."""
+    return record.is_unseen(context().ledger, event, reader())
+
+
 def note_shown(*events: SeriesTriaged) -> None:
     """Note that who is logged in sees these predictions: once for each series, which is the first time."""
     analysed = [event for event in events if event.disposition in record.ANALYSED]

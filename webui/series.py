@@ -78,7 +78,7 @@ def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     event = result.event
     describes = "describe" in request.args
     # who still says what kind it is has not been shown the prediction
-    hidden = _is_unseen(event) if describes else blind.is_hidden(event)
+    hidden = blind.is_unseen(event) if describes else blind.is_hidden(event)
     audit.add_view(event.study_instance_uid, event.series_instance_uid, record.VIEW_SERIES)
     if not hidden:
         blind.note_shown(event)
@@ -108,7 +108,7 @@ def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     """I acknowledge, or say whether Herald was right, or before I see that, what there is."""
     parts = context()
     event = viewer.result_of(series_instance_uid, revision).event
-    unseen = _is_unseen(event)
+    unseen = blind.is_unseen(event)
     verdict = request.form.get("verdict", "")
     action, (kind, note) = _action(verdict, event, unseen), _kind_and_note()
     if action is None:
@@ -143,7 +143,7 @@ def describe(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     own = _own_verdict(record.find_reviews(parts.ledger, series_instance_uid, revision))
     if own is None:
         return _answer(event, "Nothing was added: you have given no verdict, or taken it back.")
-    unseen = _is_unseen(event)
+    unseen = blind.is_unseen(event)
     described = (kind or own.finding_kind, note or own.note)
     if described != (own.finding_kind, own.note):
         record.add_review(
@@ -182,7 +182,7 @@ def _answer(event: SeriesTriaged, said: str, *, describes: bool = False) -> Resp
     if request.headers.get("X-Fragment") == "read":
         result = viewer.result_of(uid, revision)
         # a part that is shown in place reveals nothing: only the page itself does, which notes it
-        return render_template("series/read.html", said=said, **_read(result, _is_unseen(event), describes))
+        return render_template("series/read.html", said=said, **_read(result, blind.is_unseen(event), describes))
     flash(said)
     here = url_for(".show", series_instance_uid=uid, revision=revision, describe=1 if describes else None)
     return redirect(here, 303)
@@ -209,10 +209,6 @@ def _read(result: Result, hidden: bool, describes: bool) -> dict[str, Any]:
         "describes": describes and own is not None,
         "kinds": KINDS,
     }
-
-
-def _is_unseen(event: SeriesTriaged) -> bool:
-    return record.is_unseen(context().ledger, event, blind.reader())
 
 
 def _own_verdict(given: list[Review]) -> Review | None:

@@ -6,10 +6,13 @@ const panel = () => document.getElementById("read");
 const recorded = document.getElementById("recorded");
 const button = (key) => document.querySelector(`#review [data-key=${key}], #undo [data-key=${key}]`);
 
+let sending = false;
+const typedAhead = [];
+
 /** Send a form; put the part of the page that has changed in place, and say what was recorded. */
 async function send(form, submitter) {
-  if (form.dataset.sent) return; // a second key press is not a second review
-  form.dataset.sent = "1";
+  if (sending) return; // a second press is not a second review
+  sending = true;
   try {
     const answer = await fetch(form.action, {
       method: "POST",
@@ -25,9 +28,14 @@ async function send(form, submitter) {
     if (dialog?.open) ask(dialog);
     else document.getElementById("next").focus();
   } catch {
-    delete form.dataset.sent;
+    typedAhead.length = 0;
     recorded.textContent = "Not recorded: Herald gave no answer, or you are no longer logged in. Try again, or reload.";
     recorded.className = "said problem";
+  }
+  sending = false;
+  while (typedAhead.length && !sending) {
+    const key = new KeyboardEvent("keydown", { key: typedAhead.shift(), bubbles: true, cancelable: true });
+    document.activeElement.dispatchEvent(key);
   }
 }
 
@@ -65,6 +73,14 @@ document.addEventListener("click", (event) => {
 document.addEventListener(
   "keydown",
   (event) => {
+    if (sending && !event.target.matches("textarea, input, select") && !(event.ctrlKey || event.metaKey || event.altKey)) {
+      // a reader is faster than the network: the key means what it will mean when the answer is here
+      if (event.key.length === 1 || event.key === "Escape") {
+        if (!event.repeat) typedAhead.push(event.key);
+        event.preventDefault();
+        return event.stopPropagation();
+      }
+    }
     const dialog = event.target.closest?.("dialog");
     if (!dialog) return;
     event.stopPropagation();
@@ -72,7 +88,7 @@ document.addEventListener(
     const writing = event.target.matches("textarea");
     if (writing && event.key !== "Escape") return;
     if (event.key.length === 1 && !singleKeys()) return;
-    if (writing) dialog.querySelector("button").focus();
+    if (writing) dialog.querySelector("button").focus(); // Escape leaves the field, and the next one the dialog
     else if (event.key === "t") document.getElementById("note").focus();
     else {
       const chosen = [...dialog.querySelectorAll("[data-key]")].find((one) => one.dataset.key === event.key);
@@ -89,5 +105,10 @@ const bindings = { n: follow("next"), t: follow("describe"), w: () => document.q
 for (const key of ["a", "d", "u", "k", "y", "x", "z"]) bindings[key] = press(key);
 onKeys(bindings);
 
+const here = new URL(location);
+if (here.searchParams.has("describe")) {
+  here.searchParams.delete("describe"); // a reload is not asked again
+  history.replaceState(null, "", here);
+}
 const opened = document.getElementById("description");
 if (opened?.open) ask(opened);
