@@ -1,23 +1,28 @@
 """What needs the operator: pages that reached nobody, alarms and routers; and the red banner on every page.
 
-Everybody who is logged in sees them: whoever looks at a screen at 3 a.m. may be the one who calls the radiologist.
-There is nothing to change here, and addresses are masked.
+Everybody who is logged in sees these: whoever looks at a screen at 3 a.m. may be the one who calls the radiologist.
+An administrator sees the condition of the node beside them, replays dead letters and reconciles. Addresses are masked.
 """
 
 import hashlib
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
-from flask import Blueprint, make_response, render_template, request
+from flask import Blueprint, abort, current_app, flash, make_response, redirect, render_template, request, url_for
+from flask.blueprints import BlueprintSetupState
 from flask.typing import ResponseReturnValue
 from sqlalchemy import Connection, RowMapping, select
 
+from herald.errors import BusError
 from herald.events import utc_now
 from herald.ledger import alarms, results, vitals
 from herald.undelivered import Undelivered, holding, undelivered
-from webui.context import context
+from webui import figures, record
+from webui.condition import LATE, TOPICS, Condition, Letter
+from webui.context import EXTENSION, Context, context
+from webui.session import address, allow, user
 
 blueprint = Blueprint("operations", __name__, url_prefix="/operations")
 
@@ -31,6 +36,8 @@ TITLES = {
     "undelivered": "A page reached nobody",
     "heartbeat": "Daily message that paging works",
 }
+
+CONDITION = "herald-condition"
 
 _ADDRESS = re.compile(r"[\w.+%-]+@[\w-]+(?:\.[\w-]+)*")
 
@@ -101,8 +108,99 @@ def index() -> ResponseReturnValue:
             routers=connection.execute(select(vitals).order_by(vitals.c.seen_at.desc())).mappings().all(),
             alive_since=utc_now() - ALIVE,
             headline=_headline,
-            masked=masked,
+            **_condition(),
         )
+
+
+# --- for administrators ----------------------------------------------------------------------------------------------
+
+
+@blueprint.record
+def _prepare(state: BlueprintSetupState) -> None:
+    parts: Context = state.app.extensions[EXTENSION]
+    state.app.extensions[CONDITION] = Condition(parts.config, parts.ledger, parts.store)
+
+
+def condition() -> Condition:
+    """The condition of the node of the application that serves this request."""
+    return cast(Condition, current_app.extensions[CONDITION])
+
+
+def _condition() -> dict[str, Any]:
+    """What the template of the condition needs; nothing is read for who may not see it."""
+    if user().role != "admin":
+        return {"parts": None, "masked": masked}
+    return {
+        "parts": condition().read(),
+        "account": condition().account,
+        "dispositions": figures.DISPOSITIONS,
+        "late_since": utc_now() - LATE,
+        "masked": masked,
+    }
+
+
+@blueprint.get("/condition")
+@allow("admin")
+def show_condition() -> ResponseReturnValue:
+    """My open page asks for the condition of the node."""
+    return render_template("operations/condition.html", **_condition())
+
+
+@blueprint.get("/dead-letters/<topic>/<letter_id>")
+@allow("admin")
+def show_letter(topic: str, letter_id: str) -> ResponseReturnValue:
+    """I read the whole error of an event that a service could not handle."""
+    found = _find_letter(topic, letter_id)
+    if found is None:
+        abort(404)
+    return render_template("operations/letter.html", found=found, masked=masked)
+
+
+@blueprint.post("/dead-letters/<topic>/<letter_id>/replay")
+@allow("admin")
+def replay(topic: str, letter_id: str) -> ResponseReturnValue:
+    """I have an event handed to its service again, now that the cause is mended."""
+    try:
+        found = _find_letter(topic, letter_id)
+        if found is None:
+            flash("This dead letter has been replayed already.")
+        else:
+            event = found.event
+            study, series = (event.study_instance_uid, event.series_instance_uid) if event else (None, None)
+            # written first, so that nothing is replayed unsaid
+            record.add_audit(context().ledger, user().name, address(), "replay-dead-letter", study, series)
+            condition().replay(found.letter)
+            flash(f"Replayed: {found.letter.group} handles it again. If it fails again, it comes back here.")
+    except BusError as error:
+        flash(f"Not replayed: {error}.")
+    return redirect(url_for(".index", _anchor="letters-title"), 303)
+
+
+def _find_letter(topic: str, letter_id: str) -> Letter | None:
+    if topic not in TOPICS:
+        abort(404)
+    return condition().find_letter(topic, letter_id)
+
+
+@blueprint.post("/reconcile")
+@allow("admin")
+def reconcile() -> ResponseReturnValue:
+    """I have every instance accounted for, in the background."""
+    if condition().reconcile():
+        record.add_audit(context().ledger, user().name, address(), "reconcile")
+        flash("Reconciling; the result comes here.")
+    else:
+        flash("It is under way already.")
+    return redirect(url_for(".index", _anchor="account-title"), 303)
+
+
+@blueprint.errorhandler(BusError)
+def bus_down(error: BusError) -> ResponseReturnValue:
+    """I am told that the bus is down where I asked for what only it knows."""
+    return render_template("error.html", code=503, title="The bus cannot be reached", advice=str(error)), 503
+
+
+# --- the banner ------------------------------------------------------------------------------------------------------
 
 
 @blueprint.get("/banner")
