@@ -35,6 +35,8 @@ app = typer.Typer(
 )
 user_app = typer.Typer(help="Who may log in to the web UI.", no_args_is_help=True)
 app.add_typer(user_app, name="user")
+label_app = typer.Typer(help="What others say of a study.", no_args_is_help=True)
+app.add_typer(label_app, name="label")
 
 COMMAND_LINE = "command line"
 """Address in the audit table of what was done here."""
@@ -473,6 +475,48 @@ def _ledger() -> Iterator["Ledger"]:
         yield ledger
     finally:
         ledger.close()
+
+
+@label_app.command("import")
+def label_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="CSV of accession, source and label, or report.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Import nothing where a line is bad.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, and do nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Import answers to whether a study shows haemorrhage: 1 or 0 as label, or the report's text, read by rule.
+
+    The text itself is not kept. The same file again changes nothing; a source that says something else than before
+    supersedes itself.
+    """
+    from herald.events import utc_now
+    from herald.ledger import open_ledger
+    from herald.validation.labels import import_labels
+
+    ledger = open_ledger(_config().ledger)
+    try:
+        with Progress(TextColumn("labels"), BarColumn(), MofNCompleteColumn(), console=err, transient=True) as bar:
+            task = bar.add_task("import", total=None)
+            done = import_labels(
+                ledger,
+                file,
+                utc_now(),
+                strict=strict,
+                dry_run=dry_run,
+                on_progress=lambda count, total: bar.update(task, completed=count, total=total),
+            )
+    finally:
+        ledger.close()
+    if as_json:
+        _print_json(asdict(done))
+    else:
+        counts = {name: value for name, value in asdict(done).items() if isinstance(value, int)}
+        facts = ", ".join(f"{value} {name}" for name, value in counts.items())
+        out.print(f"{'would be ' if dry_run else ''}{facts}, {len(done.bad)} bad lines", highlight=False)
+    if done.ignored_columns:
+        err.print(f"ignored columns: {', '.join(done.ignored_columns)}", highlight=False, markup=False)
+    for bad in done.bad:
+        err.print(f"line {bad.line}: {bad.why}", highlight=False, markup=False)
 
 
 def _print_json(facts: object) -> None:
