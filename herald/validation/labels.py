@@ -180,7 +180,7 @@ def _lines(content: str, delimiter: str, file: _File) -> Iterator[tuple[int, lis
     """The number of the first line of each record after the header, and its cells."""
     before = csv.field_size_limit(LARGEST_CELL)
     try:
-        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         header = True
         while True:
             line = reader.line_num + 1
