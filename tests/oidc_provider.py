@@ -115,9 +115,9 @@ def _handler(provider: Provider) -> type[BaseHTTPRequestHandler]:
                     f'<input type="hidden" name="{escape(key)}" value="{escape(value)}">'
                     for key, value in given.items()
                 )
-                page = (
-                    f"<!doctype html><title>Provider</title><form action='/allow'>{hidden}<button>Allow</button></form>"
-                )
+                icon = "<link rel='icon' href='data:,'>"  # or a browser would ask for one
+                form = f"<form action='/allow'>{hidden}<button>Allow</button></form>"
+                page = f"<!doctype html><title>Provider</title>{icon}{form}"
                 self._send(200, page.encode(), "text/html")
             elif parts.path == "/allow":
                 self.send_response(302)

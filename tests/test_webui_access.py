@@ -1,10 +1,13 @@
 import re
+import time
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from webui_site import PASSWORD, open_site
 
 from herald.errors import ConfigError
+from herald.ledger import audit
+from webui import audit as audit_module
 from webui.app import create_app
 
 SERIES = "1.2.826.0.1.3680043.8.498.1.1"
@@ -44,6 +47,12 @@ RULES = [
 ]
 
 
+ROLES = [None, "rita", "remi", "ada"]
+RULE_IDS = [f"{rule[0]} {rule[1]}" for rule in RULES]
+ABOUT_A_STUDY = [rule for rule in RULES if rule[0] == "GET" and (SERIES in rule[1] or "<token>" in rule[1])]
+FORMS = [rule[1] for rule in RULES if rule[0] == "POST" and not rule[1].startswith(("/api/", "/page/"))]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     with open_site(tmp_path_factory.mktemp("site")) as site:
@@ -56,29 +65,149 @@ def token(site):
     return site.link(site.add(2)).rpartition("/")[2]
 
 
-@pytest.mark.parametrize("who", [None, "rita", "remi", "ada"])
-@pytest.mark.parametrize("rule", RULES, ids=[f"{rule[0]} {rule[1]}" for rule in RULES])
-def test_every_address_answers_each_role_as_the_rules_say(site, token, rule, who):
-    method, address, *statuses = rule
-    expected = statuses[[None, "rita", "remi", "ada"].index(who)]
-    client = site.client(who)
-    answer = client.open(address.replace("<token>", token), method=method, data={"verdict": "agree"})
+@pytest.fixture(scope="module")
+def browsers(site):
+    """Makes a browser of one of ROLES; each has logged in once."""
+    cookies = {who: site.client(who).get_cookie("herald_session") for who in ROLES if who}
+
+    def browser(who):
+        client = site.app.test_client()
+        if who:
+            client.set_cookie("herald_session", cookies[who].value)
+        return client
+
+    return browser
+
+
+def given(answer) -> int:
+    """The status; the rest of a stream is not waited for."""
     answer.close()
-    assert answer.status_code == expected
-    if who is None and expected == 302:
+    return answer.status_code
+
+
+@pytest.mark.parametrize("who", ROLES)
+@pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
+def test_every_address_answers_each_role_as_the_rules_say(browsers, token, rule, who):
+    method, address, *statuses = rule
+    address, expected = address.replace("<token>", token), statuses[ROLES.index(who)]
+    answer = browsers(who).open(address, method=method, data={"verdict": "agree"})
+    assert given(answer) == expected
+    if who is None and expected == 302 and "oidc" not in address:
         assert answer.location.startswith("/login?next=")
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule[2] == 302], ids=lambda rule: rule[1])
+def test_no_other_method_opens_what_needs_a_log_in(browsers, rule):
+    for method in ("HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"):
+        assert given(browsers(None).open(rule[1], method=method)) in (302, 401, 405)
+
+
 def test_the_rules_name_every_address_of_the_application(site):
-    named = [(method, re.sub(r"^/static/.*", "/static/x", address)) for method, address, *_ in RULES]
     adapter = site.app.url_map.bind("localhost")
     covered = set()
-    for method, address in named:
+    for method, address, *_ in RULES:
         if address != "/nowhere":
-            covered.add((adapter.match(address, method=method)[0], method))
+            rule, _ = adapter.match(address, method=method, return_rule=True)
+            covered.add((rule.rule, method))
     for rule in site.app.url_map.iter_rules():
         for method in rule.methods - {"HEAD", "OPTIONS"}:
-            assert (rule.endpoint, method) in covered, f"{method} {rule} has no access rule in this test"
+            assert (rule.rule, method) in covered, f"{method} {rule} has no access rule in this test"
+
+
+def test_no_address_of_the_application_holds_an_accession_number_or_a_name(site):
+    for rule in site.app.url_map.iter_rules():
+        assert rule.arguments <= {
+            *("filename", "path"),
+            *("series_instance_uid", "study_instance_uid", "revision", "number", "plane"),
+            *("token", "topic", "letter_id"),
+        }, f"{rule}: an address stands in histories and in logs of proxies; put what names somebody elsewhere"
+
+
+# --- who saw which study ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(site):
+    """Rows of the audit table about a study that were added in this test: user and series."""
+    site.app.extensions[audit_module.EXTENSION] = audit_module.Noted()
+    with site.ledger.begin() as connection:
+        connection.execute(audit.delete())
+
+    def rows() -> list[tuple[str, str]]:
+        statement = select(audit.c.user, audit.c.series_instance_uid).where(audit.c.study_instance_uid.is_not(None))
+        with site.ledger.read() as connection:
+            return [tuple(row) for row in connection.execute(statement)]
+
+    return rows
+
+
+@pytest.mark.parametrize("who", ROLES)
+@pytest.mark.parametrize("rule", ABOUT_A_STUDY, ids=lambda rule: rule[1])
+def test_who_is_shown_something_of_a_study_is_in_the_audit(browsers, token, rule, who, seen):
+    method, address, *_ = rule
+    status = given(browsers(who).open(address.replace("<token>", token), method=method))
+    assert seen() if status == 200 else status == 404 or not seen()
+    for user, series in seen():
+        assert user in (who, "pager link")
+        assert series.startswith(SERIES.rpartition(".")[0][:-1])
+
+
+def test_the_pictures_of_a_page_belong_to_its_view_and_one_without_a_page_is_a_view(browsers, seen, monkeypatch):
+    picture = f"/series/{SERIES}/1/slice/1.png"
+    rita = browsers("rita")
+    for _ in range(3):
+        assert rita.get(picture).status_code == 200
+    assert seen() == [("rita", SERIES)]
+    assert browsers("ada").get(picture).status_code == 200
+    assert seen() == [("rita", SERIES), ("ada", SERIES)]
+    now = time.monotonic()
+    monkeypatch.setattr(audit_module.time, "monotonic", lambda: now + audit_module.REMEMBERED_S + 1)
+    assert rita.get(picture).status_code == 200
+    assert len(seen()) == 3
+
+
+def test_every_view_of_the_page_is_noted_and_its_pictures_not_again(browsers, seen):
+    rita = browsers("rita")
+    for _ in range(2):
+        rita.get(f"/series/{SERIES}/1")
+        rita.get(f"/series/{SERIES}/1/slice/1.png")
+    noted = [row for row in seen() if row == ("rita", SERIES)]
+    with_prediction = 1  # that the prediction was shown is noted once
+    assert len(noted) == 2 + with_prediction
+
+
+def test_a_study_that_cannot_be_noted_is_not_shown(tmp_path):
+    with open_site(tmp_path) as site:
+        event = site.add(1)
+        client = site.client("rita")
+        with site.ledger.begin() as connection:
+            connection.execute(text("drop table audit"))
+        answer = client.get(f"/series/{event.series_instance_uid}/1/slice/1.png")
+        assert answer.status_code == 503
+        assert "ledger cannot be reached" in answer.text
+
+
+def test_memory_of_views_does_not_grow_for_ever(monkeypatch):
+    monkeypatch.setattr(audit_module, "_MOST_REMEMBERED", 2)
+    noted = audit_module.Noted()
+    for name in "abc":
+        noted.remember(name)
+    assert [noted.lately(name) for name in "abc"] == [False, True, True]
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", FORMS)
+def test_every_form_asks_for_its_csrf_token(site, browsers, address):
+    client = browsers("ada")
+    site.app.config["WTF_CSRF_ENABLED"] = True
+    try:
+        answer = client.post(address, data={"verdict": "agree", "name": "ada", "password": PASSWORD})
+    finally:
+        site.app.config["WTF_CSRF_ENABLED"] = False
+    assert answer.status_code == 400
+    assert "form has expired" in answer.text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +246,24 @@ def test_every_answer_carries_the_safety_headers(site, address):
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["X-Frame-Options"] == "DENY"
     assert headers["Referrer-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert "geolocation=()" in headers["Permissions-Policy"]
     assert headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_address_of_a_link_page_is_told_to_no_other_page(site, token, good):
+    headers = site.app.test_client().get(f"/page/{token if good else 'x'}").headers
+    assert headers["Referrer-Policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("address", ["/static/herald.css", "/worklist/rows", f"/series/{SERIES}/1/slice/1.png"])
+def test_no_other_site_can_take_in_what_we_answer(site, address):
+    answer = site.client("rita").get(address)
+    answer.close()
+    assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert "Access-Control-Allow-Origin" not in answer.headers
 
 
 @pytest.mark.parametrize("address", ["/", "/login", f"/series/{SERIES}/1", f"/series/{SERIES}/1?mask=0"])

@@ -1,17 +1,19 @@
 """Log-in by OpenID Connect against a local provider: real HTTP, real signatures, and everything that may be wrong."""
 
 import logging
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import requests
 from oidc_provider import CLIENT_ID, CLIENT_SECRET, OTHER_KEY, SIGNING_KEY, Provider, running_provider
 from sqlalchemy import select
-from webui_site import PASSWORD, open_site
+from webui_site import PASSWORD, open_site, served
 
 from herald.config import LedgerConfig
 from herald.errors import ConfigError
@@ -459,9 +461,10 @@ def test_without_the_provider_a_page_says_so_and_passwords_go_on_working(tmp_pat
         pass
     with open_site(tmp_path, public_url=PUBLIC_URL, **settings(gone)) as site:
         client = site.app.test_client()
-        answer = client.get("/login/oidc")
+        answer = client.get("/login/oidc?next=/operations")
         assert answer.status_code == 503
-        assert "Log in with a password, or try again" in answer.text.replace("log in with", "Log in with")
+        assert "log in with a password, or try again" in answer.text
+        assert 'href="/login?next=/operations"' in answer.text
         assert "Traceback" not in answer.text
         assert gone.issuer in caplog.text
         assert client.post("/login", data={"name": "rita", "password": PASSWORD}).status_code == 303
@@ -607,3 +610,37 @@ def test_the_provider_of_these_tests_refuses_what_a_real_one_refuses(provider):
     (key,) = requests.get(f"{provider.issuer}/jwks", timeout=30).json()["keys"]
     assert "d" not in key
     assert key["kid"] == SIGNING_KEY.kid
+
+
+def test_a_reader_logs_in_by_the_provider_in_a_browser_looks_and_logs_out(chromium, tmp_path, provider):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    pictures = Path(os.environ.get("HERALD_TEST_SCREENSHOTS", tmp_path / "screenshots"))
+    pictures.mkdir(parents=True, exist_ok=True)
+    with open_site(tmp_path, **settings(provider)) as site, served(site) as running:
+        event = site.add(1)
+        page = chromium.new_context(viewport={"width": 1366, "height": 900}).new_page()
+        complaints = []
+        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.goto(f"{running.config.webui.public_url}/?search={event.accession_number}")
+        page.screenshot(path=pictures / "oidc-log-in.png")
+        page.get_by_role("link", name="Log in with 127.0.0.1").click()
+        page.get_by_role("button", name="Allow").click()
+        page.wait_for_url("**/?search=*")  # where the reader wanted to go
+        sync_api.expect(page.get_by_text("olga")).to_be_visible()
+        page.get_by_role("link", name=event.accession_number).click()
+        page.wait_for_url("**/series/**")
+        page.get_by_role("button", name="Log out").click()
+        page.get_by_text("You are logged out.").wait_for()
+        assert complaints == []
+        provider.person["groups"] = ["another"]
+        page.get_by_role("link", name="Log in with 127.0.0.1").click()
+        page.get_by_role("button", name="Allow").click()
+        page.get_by_role("heading", name="You have no role in Herald").wait_for()
+        assert provider.asked[-1]["prompt"] == "login"
+        page.screenshot(path=pictures / "oidc-no-role.png")
+        page.get_by_role("link", name="To the log-in page").click()
+        provider.failing = "/token"
+        page.get_by_role("link", name="Log in with 127.0.0.1").click()
+        page.get_by_role("button", name="Allow").click()
+        page.get_by_role("heading", name="The provider does not answer").wait_for()
+        page.screenshot(path=pictures / "oidc-down.png")

@@ -198,12 +198,11 @@ def start() -> ResponseReturnValue:
     provider = _provider()
     for key in [key for key in session if key.startswith(_STATE)]:
         del session[key]  # the cookie holds one attempt, or it would grow with each
+    session[_TARGET] = local(request.args.get("next", ""))
     try:
-        answer = provider.redirect(ask_again=session.get(ASK_AGAIN, False))
+        return provider.redirect(ask_again=session.get(ASK_AGAIN, False))
     except ProviderDown as error:
         return _down(error)
-    session[_TARGET] = local(request.args.get("next", ""))
-    return answer
 
 
 @blueprint.get("/callback")
@@ -259,8 +258,8 @@ def _down(error: ProviderDown) -> ResponseReturnValue:
 
 
 def _say(title: str, reason: str, provider: Provider | None = None) -> str:
-    page = "session/refused.html"
-    return render_template(page, title=title, reason=reason, provider=provider, again=url_for("session.log_in"))
+    again = url_for("session.log_in", next=local(session.get(_TARGET, "")) or None)
+    return render_template("session/refused.html", title=title, reason=reason, provider=provider, again=again)
 
 
 def _issuer(issuer: str) -> str:
