@@ -22,7 +22,7 @@ from herald.bus import handle, open_bus
 from herald.config import BusConfig, LedgerConfig, NotifierConfig, PagingStep, StoreConfig
 from herald.errors import LedgerError, VolumeError
 from herald.events import Event, SeriesReceived, utc_now
-from herald.ledger import alarms, audit, pages, results, vitals
+from herald.ledger import Ledger, alarms, audit, open_ledger, pages, results, vitals
 from webui import condition, figures
 from webui.operations import CONDITION, masked
 from webui.parts import Parts
@@ -483,8 +483,8 @@ def test_a_part_that_is_late_shows_what_was_read_last_and_is_not_read_twice_at_a
     assert parts.read({"slow": read}, 30)["slow"].problem == ""
 
 
-def add_results(site: Site, *events: Any) -> None:
-    with site.ledger.begin() as connection:
+def add_results(ledger: Ledger, *events: Any) -> None:
+    with ledger.begin() as connection:
         for number, one in enumerate(events):
             connection.execute(
                 insert(results).values(
@@ -499,19 +499,28 @@ def add_results(site: Site, *events: Any) -> None:
             )
 
 
-def test_series_are_counted_by_the_hour_of_their_disposition(site: Site) -> None:
+@pytest.fixture
+def ledger(ledger_url: str) -> Iterator[Ledger]:
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    yield ledger
+    ledger.close()
+
+
+def test_series_are_counted_by_the_hour_of_their_disposition(ledger: Ledger) -> None:
     now = utc_now().replace(minute=30, second=0, microsecond=0)
     ages = {"positive": [5, 95], "negative": [10, 20, 31, 90], "failed": [23 * 60, 24 * 60]}
     add_results(
-        site,
+        ledger,
         *(
             triaged(1, disposition, occurred_at=now - timedelta(minutes=minutes))
             for disposition, of_disposition in ages.items()
             for minutes in of_disposition
         ),
     )
-    with site.ledger.read() as connection:
+    with ledger.read() as connection:
         found = figures.traffic(connection, now)
+        waterfall = figures.waterfall(connection, now)
+        made_with = figures.models(connection)
     assert found.last_hour == 4
     this_hour, before, earlier = found.hours[-1], found.hours[-2], found.hours[-3]
     assert this_hour.begin == now.replace(minute=0)
@@ -521,6 +530,9 @@ def test_series_are_counted_by_the_hour_of_their_disposition(site: Site) -> None
     assert found.hours[0].counts == {"failed": 1}
     assert found.counts == {"positive": 2, "negative": 4, "failed": 1}
     assert len(found.hours) == 24
+    assert [step.week.count for step in waterfall.steps[:5] if step.week] == [8, 8, 8, 6, 8]
+    assert made_with is not None
+    assert made_with.versions == {"protocol": "1", "hemorrhage": "1"}
 
 
 def test_the_waterfall_has_median_and_95th_percentile_of_each_step(site: Site) -> None:
@@ -542,7 +554,7 @@ def test_the_waterfall_has_median_and_95th_percentile_of_each_step(site: Site) -
     today = [one(seconds, now - timedelta(hours=1)) for seconds in range(1, 21)]
     earlier = [one(100, now - timedelta(days=3)) for _ in range(20)]
     failed = triaged(1, "failed", classified_at=None, detected_at=None, occurred_at=now - timedelta(hours=2))
-    add_results(site, *today, *earlier, replace(failed, last_image_at=None, received_at=None, started_at=None))
+    add_results(site.ledger, *today, *earlier, replace(failed, last_image_at=None, received_at=None, started_at=None))
     add_page(site, 1, finding_at=now - timedelta(hours=1), due_at=now, sent_at=now - timedelta(minutes=59))
     with site.ledger.read() as connection:
         found = figures.waterfall(connection, now)
@@ -564,7 +576,7 @@ def test_the_waterfall_of_a_week_without_series_is_said_in_words(site: Site) -> 
 def test_model_versions_are_those_of_the_newest_results(site: Site) -> None:
     now = utc_now()
     add_results(
-        site,
+        site.ledger,
         triaged(1, occurred_at=now - timedelta(hours=2), model_versions={"protocol": "1", "hemorrhage": "2"}),
         triaged(1, "not_eligible", occurred_at=now - timedelta(hours=1), model_versions={"protocol": "3"}),
         triaged(1, "failed", occurred_at=now, model_versions={}),
@@ -725,7 +737,7 @@ def busy(site: Site) -> None:
                 config_version="0f3a9c2b71de",
             )
         )
-    add_results(site, *made)
+    add_results(site.ledger, *made)
     bury(replace(site.config.bus, retry_for_s=0.0), 1, 2)
     with closing(open_bus(site.config.bus)) as bus:
         for number in (7, 8, 9):
@@ -772,7 +784,7 @@ def test_the_condition_on_an_open_page_keeps_itself_up_to_date(chromium: Any, ru
     page.goto("/operations")
     log_in(page, "ada")
     page.get_by_text("0 in the last 60 minutes").wait_for()
-    add_results(running, triaged(1, occurred_at=utc_now()))
+    add_results(running.ledger, triaged(1, occurred_at=utc_now()))
     with page.expect_response("**/operations/condition"):
         page.clock.fast_forward(16_000)
     page.get_by_text("1 in the last 60 minutes").wait_for()

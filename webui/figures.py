@@ -109,9 +109,7 @@ def traffic(connection: Connection, now: datetime) -> Traffic:
     """Count the results of 24 hours of the clock, by the database along its index of `triaged_at`."""
     this_hour = now.replace(minute=0, second=0, microsecond=0)
     begins = [this_hour - timedelta(hours=back) for back in reversed(range(HOURS))]
-    hour = case(
-        *((results.c.triaged_at < end, number) for number, end in enumerate(begins[1:])), else_=len(begins) - 1
-    )
+    hour = case(*((results.c.triaged_at < end, number) for number, end in enumerate(begins[1:])), else_=len(begins) - 1)
     in_last_hour = func.sum(case((results.c.triaged_at > now - timedelta(hours=1), 1), else_=0))
     statement = (
         select(hour.label("hour"), results.c.disposition, func.count(), in_last_hour)
