@@ -7,7 +7,8 @@ from flask import Flask, Response, g, request
 from herald.metrics import WEBUI_LOG_INS_FAILED, WEBUI_REQUESTS, WEBUI_SECONDS, WEBUI_STREAMS
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"}
-LOG_IN = "session.open_session"
+LOG_INS = {"session.open_session", "oidc.finish"}
+REFUSALS = (401, 403, 429)
 
 
 def measure(app: Flask) -> None:
@@ -26,7 +27,7 @@ def _answered(response: Response) -> Response:
     WEBUI_REQUESTS.labels(endpoint, method, str(response.status_code)).inc()
     if "started_at" in g:
         WEBUI_SECONDS.labels(endpoint).observe(time.perf_counter() - g.started_at)
-    if endpoint == LOG_IN and response.status_code in (401, 429):
+    if endpoint in LOG_INS and response.status_code in REFUSALS:
         WEBUI_LOG_INS_FAILED.inc()
     if response.mimetype == "text/event-stream":
         WEBUI_STREAMS.inc()
