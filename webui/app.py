@@ -17,7 +17,21 @@ from herald.config import Config, required_secret
 from herald.errors import LedgerError, LinkError, StoreError
 from herald.ledger import Ledger
 from herald.store import StudyStore
-from webui import api, audit, oidc, operations, page, proxy, record, series, session, viewer, words, worklist
+from webui import (
+    api,
+    audit,
+    oidc,
+    operations,
+    page,
+    proxy,
+    record,
+    series,
+    session,
+    validation,
+    viewer,
+    words,
+    worklist,
+)
 from webui.context import EXTENSION, Context
 from webui.live import Live
 from webui.picture import Pictures
@@ -100,7 +114,7 @@ def create_app(config: Config, ledger: Ledger, store: StudyStore, bus: Bus) -> F
     session.init_app(app)
     audit.init_app(app)
     oidc.init_app(app, config)
-    for part in (api, worklist, series, viewer, page, operations):
+    for part in (api, worklist, series, viewer, page, operations, validation):
         app.register_blueprint(part.blueprint)
     _add_words(app, config)
     _add_errors(app)

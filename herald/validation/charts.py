@@ -221,19 +221,18 @@ def drift_chart(measure: str, drift: Figures, end: str) -> Markup | None:
     """Daily medians of one number, a line for each scanner; the reference is shaded and flagged windows are marked."""
     daily = {name: days for name, days in drift["daily"][measure].items() if days}
     busiest = sorted(daily, key=lambda name: (-sum(day["n"] for day in daily[name]), name))[:MOST_SCANNERS]
-    values = [day["median"] for name in busiest for day in daily[name]]
+    values: list[float] = [day["median"] for name in busiest for day in daily[name]]
     if not values:
         return None
     width, height = 330.0, 110.0
     start = datetime.fromisoformat(drift["reference_start"])
-    span: float = (datetime.fromisoformat(end) - start).total_seconds()
+    span = (datetime.fromisoformat(end) - start).total_seconds()
     least, most = min(values), max(values)
     margin = 0.08 * (most - least) or max(abs(most), 1.0) * 0.1
     least, most = least - margin, most + margin
 
     def across(at: str) -> float:
-        seconds: float = (datetime.fromisoformat(at) - start).total_seconds()
-        return width * seconds / span
+        return width * (datetime.fromisoformat(at) - start).total_seconds() / span
 
     def up(value: float) -> float:
         return height * (1 - (value - least) / (most - least))

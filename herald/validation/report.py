@@ -12,23 +12,22 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import date, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
 from herald import __version__
 from herald.config import Config, version
-from herald.errors import ConfigError
-from herald.ledger import validation
 from herald.validation import accuracy, charts, drift, statistics, turnaround
 from herald.validation.accuracy import Case
-from herald.validation.chain import START, latest
+from herald.validation.chain import latest
 from herald.validation.flow import flow
+from herald.validation.period import Head, head, period
 from herald.validation.protocol import agreement
 from herald.validation.row import ValidationRow
 
@@ -36,14 +35,6 @@ TEMPLATES = Path(__file__).parent / "templates"
 STYLE = TEMPLATES / "report.css"
 
 Figures = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Head:
-    """Number and hash of the last entry of the record from which a report was made."""
-
-    entries: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -56,21 +47,6 @@ class Discordant:
     probability: float
     said_by: str
     link: str
-
-
-def period(first: date, last: date) -> tuple[datetime, datetime]:
-    """From the start of the first day to the end of the last, in UTC; raises ConfigError where there is no day."""
-    if last < first:
-        raise ConfigError(f"the period ends before it starts: --from {first} --to {last}; --to is its last day")
-    start = datetime.combine(first, time(), UTC)
-    return start, datetime.combine(last, time(), UTC) + timedelta(days=1)
-
-
-def head(connection: Connection) -> Head:
-    """Where the record stands; the entries before are as `chain.verify` finds them."""
-    columns = (validation.c.entry, validation.c.sha256)
-    last = connection.execute(select(*columns).order_by(validation.c.entry.desc()).limit(1)).first()
-    return Head(last[0], last[1]) if last else Head(0, START)
 
 
 def from_record(
