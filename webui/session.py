@@ -1,5 +1,6 @@
 """Log-in, log-out, and who may see what: every view needs a log-in unless it says otherwise."""
 
+import hmac
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +23,7 @@ from flask import (
 from flask.typing import ResponseReturnValue
 from flask_login import LoginManager, current_user, login_user, logout_user  # type: ignore[import-untyped]
 
+from herald.config import required_secret
 from webui import record
 from webui.context import context
 from webui.users import Role, User, check_password, find_user
@@ -128,9 +130,7 @@ def open_session() -> ResponseReturnValue:
     name, password = request.form.get("name", "").strip(), request.form.get("password", "")
     target = local(request.form.get("next", ""))
     ledger = context().ledger
-    known = find_user(ledger, name) is not None
-    # what was typed for an unknown name may be a password: it is not written down
-    noted = name if known else ""
+    noted = name if find_user(ledger, name) is not None else _mark(name)
     if _too_many_failures(noted):
         return _log_in_page(target, name, "too many"), 429, RETRY_AFTER
     who = check_password(ledger, name, password)
@@ -176,11 +176,18 @@ def refused_too_often(action: str) -> bool:
     return noted >= MOST_FAILURES_AT_ADDRESS
 
 
+def _mark(name: str) -> str:
+    """Stands in the audit for a name that nobody has: it is counted like any other, or the count would tell who exists.
+
+    What was typed may be a password, so that eight digits of a keyed hash are all that is written down.
+    """
+    key = required_secret(context().config.webui.secret_key, "webui.secret_key").encode()
+    return f"nobody {hmac.digest(key, b'herald.name' + name.encode(), 'sha256').hex()[:8]}"
+
+
 def _too_many_failures(name: str) -> bool:
     if refused_too_often(LOG_IN_FAILED):
         return True
-    if not name:
-        return False
 
     def failures(at: str | None) -> int:
         return record.count_audit(context().ledger, LOG_IN_FAILED, FAILURES_WITHIN, user=name, address=at)
