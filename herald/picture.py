@@ -25,10 +25,12 @@ def draw_slice(
     *,
     aspect: float = 1.0,
     longer_side: int = LONGER_SIDE,
+    opacity: float = MASK_OPACITY,
 ) -> Image.Image:
     """A picture of one slice, grey without a mask and in colours with one.
 
-    `hounsfield` (H, W) int16; `mask` (H, W) uint8, probability x 255; `aspect` height of a pixel by its width.
+    `hounsfield` (H, W) int16; `mask` (H, W) uint8, probability x 255; `aspect` height of a pixel by its width;
+    `opacity` of the tint where the probability is 1, its outline stays.
     """
     plane = hounsfield.astype(np.float32)
     size = _size(plane.shape[0], plane.shape[1], aspect, longer_side)
@@ -36,7 +38,7 @@ def draw_slice(
     if mask is None:
         return Image.fromarray(grey)
     small = Image.fromarray(mask.astype(np.float32) / 255)
-    return Image.fromarray(_overlaid(grey, np.asarray(small.resize(size, Image.Resampling.BILINEAR))))
+    return Image.fromarray(_overlaid(grey, np.asarray(small.resize(size, Image.Resampling.BILINEAR)), opacity))
 
 
 def as_png(picture: Image.Image) -> bytes:
@@ -52,11 +54,11 @@ def _size(rows: int, columns: int, aspect: float, longer_side: int) -> tuple[int
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _overlaid(grey: NDArray[np.uint8], probability: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _overlaid(grey: NDArray[np.uint8], probability: NDArray[np.float32], opacity: float) -> NDArray[np.uint8]:
     """A tint that grows with the probability, and an outline where it passes one half; (H, W, 3)."""
     inside = probability >= MASK_OUTLINE
     outline = ndimage.binary_dilation(inside, iterations=2) & ~inside
-    alpha = np.where(probability >= MASK_FAINTEST, probability * MASK_OPACITY, 0.0)
+    alpha = np.where(probability >= MASK_FAINTEST, probability * opacity, 0.0)
     alpha = np.where(outline, 1.0, alpha)[..., None]
     colour = grey[..., None] * (1 - alpha) + np.array(MASK_COLOUR, dtype=np.float32) * alpha
     overlaid: NDArray[np.uint8] = np.rint(colour).astype(np.uint8)
