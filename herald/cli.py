@@ -378,13 +378,14 @@ def report(
     """The validation report of a period, from the record. Exit status 1 when the record does not hold (--verify)."""
     from herald.validation import chain
     from herald.validation import report as validation_report
+    from herald.validation.period import period
 
     if html is None and json_file is None and not verify:
         raise typer.BadParameter("say where the report goes: --html FILE, --json FILE, or --verify alone")
     if (head or entries) and not verify:
         raise typer.BadParameter("--head and --entries belong to --verify")
     config = _config()
-    validation_report.period(first.date(), last.date())
+    period(first.date(), last.date())
     with _ledger() as ledger:
         if verify:
             verified = chain.verify(ledger, head, entries)
@@ -402,6 +403,41 @@ def report(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text(found), encoding="utf-8")
             err.print(f"written: {path}", highlight=False)
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="csv or parquet; default as OUT is called.")
+    ] = None,
+    first: Annotated[
+        datetime | None, typer.Option("--from", formats=["%Y-%m-%d"], help="First day (UTC); default all.")
+    ] = None,
+    last: Annotated[
+        datetime | None, typer.Option("--to", formats=["%Y-%m-%d"], help="Last day, which is included.")
+    ] = None,
+    salt: Annotated[
+        Path | None, typer.Option(help="File with another salt than validation.salt, for other pseudonyms.")
+    ] = None,
+) -> None:
+    """Write the validation record as a flat table without identity; docs/validation-schema.md tells its columns."""
+    from herald.validation import chain
+    from herald.validation import export as validation_export
+    from herald.validation.period import period
+
+    found = file_format or target.suffix.removeprefix(".")
+    if found not in validation_export.FORMATS:
+        raise typer.BadParameter(f"say --format csv or --format parquet, not {found!r}")
+    config = _config()
+    secret = validation_export.read_salt(salt) if salt else config.validation.salt
+    validation_export.pseudonymise(secret)  # says what is missing before the record is read
+    start = period(first.date(), first.date())[0] if first else None
+    end = period(last.date(), last.date())[1] if last else None
+    with _ledger() as ledger, ledger.read() as connection:
+        rows = chain.latest(connection, start, end)
+    validation_export.export(rows, target, found, secret)
+    err.print(f"written: {target}, {len(rows)} rows", highlight=False)
 
 
 @user_app.command("add")
@@ -450,7 +486,8 @@ def user_remove(
     from webui.users import UserError, list_users, remove_user
 
     with _ledger() as ledger:
-        roles = {account.name: account.role for account in list_users(ledger)}
+        accounts = list_users(ledger)
+        roles = {account.name: account.role for account in accounts}
         last = roles.get(name) == "admin" and list(roles.values()).count("admin") == 1
         if last and not yes:
             raise UserError(
@@ -462,6 +499,8 @@ def user_remove(
         remove_user(ledger, name)
         add_audit(ledger, name, COMMAND_LINE, "user-remove")
     out.print(f"{name} may not log in any more", highlight=False, markup=False)
+    if any(account.name == name and account.log_in != "password" for account in accounts):
+        err.print("the OpenID Connect provider can let them in again: take the role away there too")
     if last:
         err.print("no administrator is left; `herald user add NAME --role admin` adds one")
 
