@@ -154,6 +154,8 @@ def _reviewed(connection: Connection, uid: str) -> Iterator[Step]:
         kind = f", {row['finding_kind']}" if row["finding_kind"] else ""
         detail = f"{row['action']}{kind} by {row['reader']}"
         yield Step(row["occurred_at"], "review", detail, row["study_instance_uid"], "", row["revision"])
+        if row["undone_at"] is not None:
+            yield Step(row["undone_at"], "review undone", detail, row["study_instance_uid"], "", row["revision"])
 
 
 def _rejected(connection: Connection, what: str, uids: list[str]) -> Iterator[Step]:
