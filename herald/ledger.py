@@ -234,7 +234,7 @@ results = Table(
     Column("study_instance_uid", _uid, nullable=False, index=True),
     Column("accession_number", String(16), nullable=False, default="", index=True),
     Column("scanner", String(64), nullable=False, default=""),
-    Column("disposition", String(16), nullable=False, index=True),
+    Column("disposition", String(16), nullable=False),
     Column("probability", Float, comment="of any haemorrhage; null when detection did not run"),
     Column("uncertain", Boolean, nullable=False, default=False),
     Column("event", JSON, nullable=False, comment="SeriesTriaged as it was posted"),
@@ -329,9 +329,9 @@ Index("ix_pages_open", pages.c.state, pages.c.due_at)
 # all that the worklist filters, counts and sorts by: thousands of rows are gone through without reading their events
 Index(
     "ix_results_worklist",
-    results.c.superseded,
     results.c.disposition,
     results.c.acknowledged_at,
+    results.c.superseded,
     results.c.triaged_at,
     results.c.posted_at,
     results.c.scanner,

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 MOST_STREAMS = 32
 """Each takes a thread of the server while it is open; who comes later polls."""
 LOOK_S = 0.5
-MOST_LOOKING = 0.05
+MOST_LOOKING = 0.2
 """Share of the time that may go into looking; a ledger that answers slowly is asked less often."""
 NOTICE_S = 1.0
 """How soon a browser that went away is noticed."""

@@ -21,7 +21,6 @@ from sqlalchemy import (
     insert,
     or_,
     select,
-    tuple_,
     update,
 )
 
@@ -321,9 +320,11 @@ def find_worklist(ledger: Ledger, query: WorklistQuery) -> Worklist:
 
 
 def _rows(connection: Connection, keys: Collection[tuple[str, int]], reader: str) -> list[RowMapping]:
-    key = tuple_(results.c.series_instance_uid, results.c.revision)
-    statement = select(results, hidden_from(reader).label("hidden")).where(key.in_(keys))
-    return list(connection.execute(statement).mappings())
+    # by series alone: SQLite goes through the whole table for pairs of values
+    of_series = results.c.series_instance_uid.in_([uid for uid, _ in keys])
+    statement = select(results, hidden_from(reader).label("hidden")).where(of_series)
+    rows = connection.execute(statement).mappings()
+    return [row for row in rows if (row["series_instance_uid"], row["revision"]) in keys]
 
 
 def next_unread(ledger: Ledger, after: str, blind_reader: str) -> tuple[str, int] | None:
@@ -386,12 +387,7 @@ def _urgent(reader: str) -> ColumnElement[bool]:
 def _order(urgent: ColumnElement[bool]) -> list[ColumnElement[Any]]:
     """Who has waited longest comes first; the rest is newest first."""
     waiting_since = case((urgent, results.c.triaged_at))
-    return [
-        waiting_since.is_(None),
-        waiting_since,
-        results.c.triaged_at.desc(),
-        results.c.series_instance_uid,
-    ]
+    return [waiting_since.asc().nulls_last(), results.c.triaged_at.desc(), results.c.series_instance_uid]
 
 
 def _matching(query: WorklistQuery) -> list[ColumnElement[bool]]:
