@@ -18,6 +18,7 @@ from herald.errors import LedgerError, LinkError, StoreError
 from herald.ledger import Ledger
 from herald.store import StudyStore
 from webui import (
+    adjudication,
     api,
     audit,
     oidc,
@@ -114,7 +115,7 @@ def create_app(config: Config, ledger: Ledger, store: StudyStore, bus: Bus) -> F
     session.init_app(app)
     audit.init_app(app)
     oidc.init_app(app, config)
-    for part in (api, worklist, series, viewer, page, operations, validation):
+    for part in (api, worklist, series, viewer, page, operations, validation, adjudication):
         app.register_blueprint(part.blueprint)
     _add_words(app, config)
     _add_errors(app)
