@@ -11,6 +11,7 @@ from webui import audit as audit_module
 from webui.app import create_app
 
 SERIES = "1.2.826.0.1.3680043.8.498.1.1"
+STUDY = "1.2.826.0.1.3680043.8.498.1"
 
 # address, method -> status for: nobody, reader, researcher, admin
 RULES = [
@@ -38,6 +39,9 @@ RULES = [
     ("GET", "/operations/dead-letters/series/1", 302, 403, 403, 404),
     ("POST", "/operations/dead-letters/series/1/replay", 401, 403, 403, 303),
     ("POST", "/operations/reconcile", 401, 403, 403, 303),
+    ("GET", "/adjudication", 302, 200, 200, 200),
+    ("GET", f"/adjudication/{STUDY}", 302, 200, 200, 200),
+    ("POST", f"/adjudication/{STUDY}", 401, 400, 403, 400),
     ("GET", "/validation", 302, 403, 200, 200),
     ("GET", "/validation/report.html", 302, 403, 400, 400),
     ("GET", "/validation/report.css", 200, 200, 200, 200),
