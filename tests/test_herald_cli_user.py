@@ -74,6 +74,12 @@ def test_a_removed_user_is_logged_out_at_once_and_their_password_is_gone(site: S
     assert audited(site)[-1] == ("rita", "command line", "user-add-reader")
 
 
+def test_who_comes_by_the_provider_must_be_refused_there_too(site: Site) -> None:
+    admit(site.ledger, "https://idp.example 1", "olga", "reader")
+    assert "take the role away there too" in herald("remove", "olga", "--yes").stderr
+    assert "provider" not in herald("remove", "rita", "--yes").stderr
+
+
 @pytest.mark.parametrize("answer", ["n\n", "\n", ""])
 def test_who_does_not_say_yes_removes_nobody(site: Site, answer: str) -> None:
     assert herald("remove", "rita", answer=answer).exit_code == 1

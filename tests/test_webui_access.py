@@ -126,7 +126,7 @@ def test_no_address_of_the_application_holds_an_accession_number_or_a_name(site)
         assert rule.arguments <= {
             *("filename", "path"),
             *("series_instance_uid", "study_instance_uid", "revision", "number", "plane"),
-            *("token", "topic", "letter_id"),
+            *("token", "topic", "letter_id", "kind"),
         }, f"{rule}: an address stands in histories and in logs of proxies; put what names somebody elsewhere"
 
 
