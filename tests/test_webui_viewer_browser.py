@@ -287,7 +287,8 @@ def test_a_blind_reader_sees_the_volume_without_mask(browsers, tmp_path, picture
         page.on("request", lambda request: asked.append(request.url))
         before = shot(page)
         assert np.abs(blurred(before) - blurred(served_picture(site, event, "window=brain", before.shape))).mean() < 4
-        assert (before.max(axis=-1) - before.min(axis=-1)).max() < 12, "something is coloured"
+        inside = before[:-2]  # the caption begins within the last row
+        assert (inside.max(axis=-1) - inside.min(axis=-1)).max() < 12, "something is coloured"
         for key in ("m", "h"):
             page.keyboard.press(key)
         assert (shot(page) == before).all()

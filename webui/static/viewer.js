@@ -5,6 +5,7 @@ import { onKeys } from "./keys.js";
 import { Pictures } from "./viewer-pictures.js";
 
 const DRAGGED_PX = 3;
+const LEAST_FOR_LETTERS_PX = 60;
 const LETTERS = { slice: ["R", "L", "A", "P"], coronal: ["R", "L", "S", "I"], sagittal: ["A", "P", "S", "I"] };
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -118,12 +119,12 @@ function start(base, facts) {
       if (facts.lettered) {
         const [first, second, above, below] = LETTERS[plane];
         const [x, y] = [left + width / 2, top + height / 2];
-        for (const [text, tx, ty] of [
+        const letters = [
           [first, left + 12, y],
           [second, left + width - 12, y],
-          [above, x, top + 14],
-          [below, x, top + height - 14],
-        ]) {
+        ];
+        if (height > LEAST_FOR_LETTERS_PX) letters.push([above, x, top + 14], [below, x, top + height - 14]);
+        for (const [text, tx, ty] of letters) {
           marks.append(shape("text", { x: tx, y: ty }, text));
         }
       }
@@ -321,7 +322,7 @@ function start(base, facts) {
   };
   stage.addEventListener("pointerup", drop);
   stage.addEventListener("pointercancel", () => (drag = null));
-  new ResizeObserver(draw).observe(stage);
+  new ResizeObserver(() => stage.clientWidth && draw()).observe(stage);
 
   // --- the volume viewer
 
