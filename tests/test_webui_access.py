@@ -22,6 +22,11 @@ RULES = [
     ("GET", f"/series/{SERIES}", 302, 302, 302, 302),
     ("GET", f"/series/{SERIES}/1", 302, 200, 200, 200),
     ("GET", f"/series/{SERIES}/1/slice/1.png", 302, 200, 200, 200),
+    ("GET", f"/series/{SERIES}/1/coronal/1.png", 302, 200, 200, 200),
+    ("GET", f"/series/{SERIES}/1/volume.nii.gz", 302, 200, 200, 200),
+    ("GET", f"/series/{SERIES}/1/mask.nii.gz", 302, 200, 200, 200),
+    ("GET", f"/series/{SERIES}/1/original.nii.gz", 302, 404, 404, 404),  # the images are not in the store here
+    ("GET", f"/series/{SERIES}/1/original.json", 302, 404, 404, 404),
     ("POST", f"/series/{SERIES}/1/review", 401, 303, 403, 303),
     ("POST", f"/series/{SERIES}/1/review/description", 401, 303, 403, 303),
     ("POST", f"/series/{SERIES}/1/review/undo", 401, 303, 403, 303),
