@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import insert, select, text
-from validation_ledger import Month
+from validation_ledger import NOON, Month, study_of
 from webui_site import Site, open_site
 
 from herald.events import SeriesTriaged, utc_now
 from herald.ledger import adjudications, audit, labels
 from herald.validation.collect import collect
-from webui import record
+from webui import adjudication, record
 
 
 @pytest.fixture
@@ -209,3 +209,20 @@ def test_the_queue_of_ten_thousand_series_is_quick(site: Site) -> None:
     started = time.process_time()
     assert waiting(client.get("/adjudication").text) == ["B0"]
     assert time.process_time() - started < 3
+
+
+def test_the_studies_that_may_wait_are_found_in_either_database(ledger_url: str) -> None:
+    with Month.opened(ledger_url) as month:
+        for number in range(1, 5):
+            month.triage(number, "negative" if number == 3 else "positive")
+        month.review(1, "agree", "rita", NOON)
+        month.label("ACC00001", False, "ris")
+        month.review(2, "agree", "rita", NOON)
+        month.label("ACC00002", True, "ris")
+        month.review(3, "agree", "rita", NOON)
+        month.review(3, "disagree", "omar", NOON)
+        month.review(4, "agree", "rita", NOON)
+        month.review(4, "disagree", "omar", NOON)
+        month.adjudicate(4, True)
+        with month.ledger.read() as connection:
+            assert adjudication.find_waiting(connection) == [study_of(1), study_of(3)]

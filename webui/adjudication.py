@@ -137,7 +137,7 @@ def _form() -> dict[str, object]:
 def find_queue(ledger: Ledger, config: Config, most: int) -> list[Case]:
     """The first studies whose answers differ and that nobody has decided, oldest first."""
     with ledger.read() as connection:
-        return list(islice(_cases(connection, config, _candidates(connection)), most))
+        return list(islice(_cases(connection, config, find_waiting(connection)), most))
 
 
 def find_case(ledger: Ledger, config: Config, study_instance_uid: str) -> Case | None:
@@ -167,8 +167,11 @@ def find_decisions(ledger: Ledger, study_instance_uid: str = "", reader: str = "
         ]
 
 
-def _candidates(connection: Connection) -> list[str]:
-    """Studies with different answers, oldest first; some may wait for nothing, such as one whose reader changed."""
+def find_waiting(connection: Connection) -> list[str]:
+    """Studies with different answers and no decision, oldest first.
+
+    Some wait for nothing, as where a reader only changed a verdict; `find_queue` leaves them out.
+    """
     verdict = or_(
         and_(reviews.c.action == "agree", results.c.disposition == "positive"),
         and_(reviews.c.action == "disagree", results.c.disposition == "negative"),
