@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 - tests name a fixture that is imported
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -18,11 +19,11 @@ from webui_browser import (  # noqa: F401 - some are for other files, which take
     picture_loaded,
     pictures,
 )
-from webui_site import HOTTEST, ROOT, SLICES, Site, open_site, served
+from webui_site import HOTTEST, ROOT, SLICES, Site, open_site, served, triaged
 
 from herald.bus import open_bus
 from herald.events import SeriesReviewed
-from herald.ledger import reviews
+from herald.ledger import reviews, series, users
 
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -197,18 +198,154 @@ def test_a_verdict_that_could_not_be_sent_is_said_and_is_not_lost(chromium, site
     assert [row["action"] for row in kept(site)] == ["agree"]
 
 
-def test_a_new_positive_comes_onto_the_open_worklist_by_itself(chromium, site):
-    site.add(2, "negative")
-    page = open_page(chromium, site, DESKTOP)
-    log_in(page)
-    page.get_by_role("link", name="ACC00002").focus()
+# timers of a second and more never come: what is shown in time was told by the stream
+NO_POLLING = """const set = window.setTimeout;
+window.setTimeout = (call, ms, ...rest) => set(call, ms < 1000 ? ms : 1e8, ...rest);"""
+
+
+def open_worklist(chromium, site, viewport=DESKTOP, script: str = ""):
+    context = chromium.new_context(viewport=viewport, base_url=site.config.webui.public_url)
+    context.add_init_script(script)
+    page = context.new_page()
+    page.complaints = []
+    page.on("console", lambda said: page.complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.goto("/")
+    with page.expect_response("**/worklist/events"), page.expect_response("**/worklist/rows"):
+        log_in(page)
+    return page
+
+
+def test_a_new_positive_comes_onto_the_open_worklist_by_itself(chromium, site, pictures):
+    for number in range(2, 40):
+        site.put(triaged(number, "negative"))
+    page = open_worklist(chromium, site, script=NO_POLLING)
+    place = "document.activeElement.getBoundingClientRect().top"
+    page.get_by_role("link", name="ACC00025").focus()
     page.evaluate("window.same = true")
+    before = page.evaluate(place)
     site.add(1)
     page.get_by_role("link", name="ACC00001").wait_for()
     assert page.evaluate("window.same"), "the page was reloaded"
-    assert page.evaluate("document.activeElement.textContent") == "ACC00002"  # the reader's place is kept
+    assert page.evaluate("document.activeElement.textContent") == "ACC00025"  # the reader's place is kept
+    assert abs(page.evaluate(place) - before) <= 1
     assert page.title() == "(1) Worklist · Herald"
-    page.get_by_text("A new positive series has arrived.").wait_for()
+    page.get_by_text("A new positive series has arrived.").wait_for(state="attached")
+    page.screenshot(path=pictures / "worklist-live.png")
+    event = triaged(50)
+    with site.ledger.begin() as connection:
+        connection.execute(
+            series.insert().values(
+                series_instance_uid=event.series_instance_uid,
+                revision=1,
+                study_instance_uid=event.study_instance_uid,
+                accession_number=event.accession_number,
+                instance_count=7,
+                first_image_at=event.first_image_at,
+                last_image_at=event.last_image_at,
+            )
+        )
+    page.get_by_text("receiving images").wait_for(state="attached")  # what is on its way is live, too
+    site.put(event)
+    page.get_by_text("receiving images").wait_for(state="detached")
+    assert page.complaints == []
+
+
+def test_a_worklist_that_gets_no_stream_asks_again_and_again(chromium, site, pictures):
+    site.put(triaged(2, "negative"))
+    context = chromium.new_context(viewport=DESKTOP, base_url=site.config.webui.public_url)
+    page = context.new_page()
+    page.route("**/worklist/events", lambda route: route.fulfill(status=503, body="as many as can be"))
+    page.goto("/")
+    log_in(page)
+    page.get_by_role("link", name="ACC00002").wait_for()
+    site.put(triaged(1))
+    page.get_by_role("link", name="ACC00001").wait_for()
+    with site.ledger.begin() as connection:
+        connection.execute(users.delete())
+    page.wait_for_url(re.compile(r"/login\?next="))  # whoever was removed sees no more of it
+
+
+def test_filters_are_reached_and_used_by_keyboard(chromium, site, pictures):
+    for number, disposition in ((1, "positive"), (2, "negative"), (3, "failed")):
+        site.put(triaged(number, disposition, scanner=f"CT {number}"))
+    page = open_worklist(chromium, site)
+    page.keyboard.press("f")
+    page.keyboard.type("Neg")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"/\?disposition=negative$"))  # and nothing that was not asked
+    assert page.locator("a.open").all_inner_texts() == ["ACC00002"]
+    page.keyboard.press("f")
+    reached = []
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.name || document.activeElement.textContent"))
+    assert reached == ["unreviewed", "More filters", "Show"]
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "finding"
+    page.keyboard.press("Tab")
+    page.keyboard.type("CT 1")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"/\?disposition=negative&scanner=CT\+1$"))
+    page.get_by_text("No series matches.").wait_for()
+    page.keyboard.press("/")
+    page.keyboard.type("acc00003")
+    page.keyboard.press("Escape")
+    page.screenshot(path=pictures / "worklist-filters.png")
+    assert page.locator("#disposition").input_value() == "negative"
+    page.get_by_role("link", name="Show all").click()
+    page.wait_for_url("**/")
+    assert page.locator("a.open").count() == 3
+    assert page.complaints == []
+
+
+def test_a_new_positive_sounds_once_the_reader_has_allowed_it(chromium, site, pictures):
+    site.put(triaged(9, "negative"))
+    page = open_worklist(chromium, site)
+    sound = page.locator("#sound")
+    sounded = "document.getElementById('sound').dataset.sounded"
+    sync_api.expect(sound).to_have_text("Sound on a new positive: off")
+    site.put(triaged(1))
+    page.get_by_role("link", name="ACC00001").wait_for()
+    assert page.evaluate(sounded) is None
+    sound.click()
+    sync_api.expect(sound).to_have_text("Sound on a new positive: on")
+    sync_api.expect(sound).to_have_attribute("aria-pressed", "true")
+    assert page.evaluate(sounded) == "1"  # so that the reader hears what to expect
+    site.put(triaged(2))
+    sync_api.expect(sound).to_have_attribute("data-sounded", "2")
+    site.put(triaged(3, "negative"))
+    page.get_by_role("link", name="ACC00003").wait_for()
+    assert page.evaluate(sounded) == "2"
+    with page.expect_response("**/worklist/rows"):
+        page.reload()
+    sync_api.expect(sound).to_have_text("Sound on a new positive: on after your next click or key")
+    page.screenshot(path=pictures / "worklist-sound.png")
+    page.keyboard.press("j")
+    sync_api.expect(sound).to_have_text("Sound on a new positive: on")
+    site.put(triaged(5))
+    sync_api.expect(sound).to_have_attribute("data-sounded", "1")
+    sound.click()
+    sync_api.expect(sound).to_have_text("Sound on a new positive: off")
+    assert page.complaints == []
+
+
+def test_the_worklist_with_all_its_filters_fits_a_phone(chromium, site, pictures):
+    for number, disposition in ((1, "positive"), (2, "negative"), (3, "failed")):
+        site.put(triaged(number, disposition, scanner="CT-EMERGENCY-DEPARTMENT-WEST"))
+    page = open_worklist(chromium, site, PHONE)
+    page.screenshot(path=pictures / "phone-worklist-new.png", full_page=True)
+    assert fits(page)
+    page.goto("/?finding=iph&from=2020-01-01&disposition=nonsense")
+    assert page.evaluate(CONTRAST) == []
+    assert page.evaluate(UNNAMED) == []
+    page.screenshot(path=pictures / "phone-worklist-filters.png", full_page=True)
+    assert fits(page)
+    small = "[...document.querySelectorAll('main button, main select, main input:not([type=checkbox]), main summary')]"
+    assert page.evaluate(f"{small}.filter(e => e.checkVisibility() && e.offsetHeight < 24).map(e => e.outerHTML)") == []
+    assert page.complaints == []
 
 
 def test_a_page_is_answered_on_a_phone(chromium, site, pictures):

@@ -168,8 +168,14 @@ rows.addEventListener("click", (event) => {
   event.target.closest("tr[data-series]")?.querySelector("a.open").click();
 });
 
+const filters = document.getElementById("filters");
+filters.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !event.target.matches("select")) return; // the other fields send by themselves
+  event.preventDefault();
+  filters.requestSubmit();
+});
 // an address with what was asked, and nothing else
-document.getElementById("filters").addEventListener("formdata", (event) => {
+filters.addEventListener("formdata", (event) => {
   for (const [name, value] of [...event.formData]) if (!value) event.formData.delete(name);
 });
 
