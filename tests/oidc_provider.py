@@ -33,7 +33,7 @@ class Provider:
     person: Claims = field(default_factory=lambda: {"sub": "0042", "preferred_username": "olga", "groups": ["ct"]})
     tamper: Callable[[Claims], Claims] = lambda claims: claims
     signing_key: RSAKey | OctKey = field(default_factory=lambda: SIGNING_KEY)
-    published_keys: list[RSAKey] = field(default_factory=lambda: [SIGNING_KEY])
+    published_keys: list[RSAKey | OctKey] = field(default_factory=lambda: [SIGNING_KEY])
     header: Claims = field(default_factory=lambda: {"alg": "RS256", "kid": "first"})
     discovery: Claims = field(default_factory=dict)
     with_id_token: bool = True
