@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html import unescape
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -366,3 +367,11 @@ def test_the_page_says_when_the_volume_viewer_is_not_built(site, tmp_path, monke
     page = site.client("rita").get(base(event)).text
     assert ("not built on this node" in page) != built
     assert facts(site.client("rita"), event)["volume"] == built
+
+
+def test_the_lock_file_names_a_checksum_for_every_package_and_no_registry():
+    lock = json.loads((Path(__file__).parents[1] / "deploy/viewer/package-lock.json").read_text())
+    packages = {name: entry for name, entry in lock["packages"].items() if name}
+    assert "node_modules/@niivue/niivue" in packages
+    assert all(entry["integrity"].startswith("sha512-") for entry in packages.values())
+    assert "resolved" not in json.dumps(lock)
