@@ -132,10 +132,18 @@ def _case(rows: Sequence[ValidationRow]) -> Case:
         kernel=worst.convolution_kernel,
         site=worst.site,
         leading=max(sorted(kinds), key=lambda kind: kinds[kind]) if kinds else "",
-        readings=tuple(reading for row in rows for reading in row.readings),
+        readings=_by_reader([reading for row in rows for reading in row.readings]),
         labels=tuple(dict.fromkeys(label for row in rows for label in row.labels)),
         adjudicated=decided[-1] if decided else None,
     )
+
+
+def _by_reader(readings: Sequence[Reading]) -> tuple[Reading, ...]:
+    """What each reader says of the whole study: who saw blood in one series saw it, else the last answer."""
+    said: dict[str, Reading] = {}
+    for reading in sorted(readings, key=lambda r: (bool(r.haemorrhage), r.haemorrhage is not None, r.at)):
+        said[reading.reader] = reading
+    return tuple(said[reader] for reader in sorted(said))
 
 
 def _probability(row: ValidationRow) -> float:

@@ -239,7 +239,6 @@ def drift_chart(measure: str, drift: Figures, end: str) -> Markup | None:
 
     parts = [
         f'<rect class="reference" x="0" y="0" width="{across(drift["reference_end"]):.1f}" height="{height:g}"/>',
-        _text(4, height - 5, "reference", "tick"),
     ]
     for comparison in drift["comparisons"]:
         if comparison["flagged"] and comparison["measure"] == measure and comparison["scanner"] in busiest:

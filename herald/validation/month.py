@@ -19,12 +19,13 @@ import typer
 from sqlalchemy import Table, insert
 
 from herald import __version__
-from herald.config import Config, load_config, version
+from herald.config import Config, load_config
 from herald.errors import ConfigError
 from herald.events import Disposition, Finding, Label, SeriesTriaged
 from herald.ledger import Ledger, adjudications, labels, open_ledger, pages, results, reviews, series
 from herald.validation.chain import append
 from herald.validation.collect import collect
+from herald.validation.report import SIMULATED
 from herald.validation.turnaround import waits
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
@@ -90,7 +91,6 @@ SCANNERS = (
 class _Month:
     """Rows of each table as they grow, and the one source of chance."""
 
-    config_version: str
     seed: int
     random: np.random.Generator
     rows: dict[Table, list[dict[str, Any]]] = field(default_factory=dict)
@@ -139,7 +139,7 @@ def simulate(ledger: Ledger, config: Config, series_count: int = 3000, seed: int
 
     Raises LedgerError.
     """
-    month = _Month(version(config), seed, np.random.default_rng(seed))
+    month = _Month(seed, np.random.default_rng(seed))
     decided = _received(month, series_count)
     _read(month, decided)
     ledger.create_tables()
@@ -359,7 +359,7 @@ def _event(
         disagreements=tuple(h for h, said in header.items() if said and h in protocol and said != protocol[h].label),
         model_versions={**versions, "hemorrhage": "1"} if searched else versions,
         software_version=__version__,
-        config_version=month.config_version,
+        config_version=SIMULATED,
         **about,
         **decision,
     )

@@ -36,6 +36,9 @@ STYLE = TEMPLATES / "report.css"
 
 Figures = dict[str, Any]
 
+SIMULATED = "simulated"
+"""Version of the configuration in rows that nobody measured; a report of any such row says so."""
+
 
 @dataclass(frozen=True)
 class Discordant:
@@ -86,6 +89,7 @@ def figures(
             "record": record,
             "made_by": {"software": __version__, "config": version(config)},
             "versions": _versions(rows),
+            "simulated": sum(row.config_version == SIMULATED for row in rows),
             "rules": _rules(config),
             "flow": flow(rows),
             "study": accuracy.two_by_two(studies),
