@@ -4,7 +4,7 @@ import logging
 import smtplib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,7 +17,7 @@ import pytest
 import requests
 from notifier_fakes import free_port
 from sqlalchemy import select
-from webui_site import Site, add_page, open_site, triaged
+from webui_site import Site, add_page, open_site, running, triaged
 
 from herald import links
 from herald.bus import open_bus
@@ -37,23 +37,17 @@ numbers = count(1)
 
 
 @contextmanager
-def listening(config: Config, port: int, service: object) -> Iterator[None]:
+def listening(config: Config, port: int, service: Callable[[Config, threading.Event], None]) -> Iterator[None]:
     """A service in a thread until the end of the block, from when it answers."""
-    stop = threading.Event()
-    thread = threading.Thread(target=service, args=(config, stop))  # type: ignore[arg-type]
-    thread.start()
-    try:
+    with running(service, config) as stop:
         for _ in range(1000):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert thread.is_alive(), "the service ended"
             stop.wait(0.03)
+        else:
+            raise AssertionError("the service does not answer")
         yield
-    finally:
-        stop.set()
-        thread.join(30)
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import requests
 from notifier_fakes import Mailbox, free_port, smtp_server
 from sqlalchemy import func, select
-from webui_site import add_page, open_site, triaged
+from webui_site import add_page, open_site, running, served, triaged
 
 from herald import links
 from herald.bus import open_bus
@@ -19,7 +18,6 @@ from herald.ledger import audit, open_ledger, pages, results, reviews
 from notifier.paging import Paging
 from notifier.service import serve as notify
 from webui import record, words
-from webui.service import serve
 
 OTHER_PAGE = "0a1b2c3d-4e5f-5071-8293-a4b5c6d7e8f9"
 
@@ -169,7 +167,8 @@ def test_of_many_readers_at_once_exactly_one_is_first_and_all_are_told_the_same(
 
 
 def test_of_two_phones_at_once_one_is_told_that_it_was_first(tmp_path):
-    with open_site(tmp_path) as site, running(site) as url:
+    with open_site(tmp_path) as unserved, served(unserved) as site:
+        url = site.config.webui.public_url
         for number in range(1, 6):
             path = site.link(site.add(number))
             gate = threading.Barrier(2)
@@ -235,7 +234,7 @@ def test_a_refused_link_says_that_nothing_was_acknowledged_and_what_to_do(site):
 
 def test_a_tap_on_the_link_ends_the_paging_of_the_study_at_once(tmp_path, monkeypatch):
     """The real web UI, SQLite bus and notifier: nothing but the event of the review wakes the notifier."""
-    mailbox, port, smtp_port = Mailbox(), free_port(), free_port()
+    mailbox, smtp_port = Mailbox(), free_port()
     handled = threading.Event()
     on_reviewed = Paging.on_reviewed
 
@@ -244,20 +243,16 @@ def test_a_tap_on_the_link_ends_the_paging_of_the_study_at_once(tmp_path, monkey
         handled.set()
 
     monkeypatch.setattr(Paging, "on_reviewed", watched)
-    with open_site(tmp_path) as site:
-        url = f"http://127.0.0.1:{port}"
+    with open_site(tmp_path) as unserved, served(unserved) as site:
         steps = (PagingStep(to="first@hospital.example"), PagingStep(to="second@hospital.example", after_minutes=60))
         site.config = replace(
             site.config,
-            notifier=replace(site.config.notifier, webui_url=url, smtp_port=smtp_port, steps=steps),
-            webui=replace(site.config.webui, port=port, public_url=url),
+            notifier=replace(
+                site.config.notifier, webui_url=site.config.webui.public_url, smtp_port=smtp_port, steps=steps
+            ),
         )
         event = site.add(1)
-        with (
-            smtp_server(mailbox, smtp_port),
-            running(site),
-            serving(site.config, notify),
-        ):
+        with smtp_server(mailbox, smtp_port), running(notify, site.config):
             bus = open_bus(site.config.bus)
             bus.publish(replace(event, occurred_at=utc_now()))
             bus.close()
@@ -303,32 +298,3 @@ def page_of(site, event) -> tuple:
     )
     with site.ledger.read() as connection:
         return tuple(connection.execute(statement).one())
-
-
-@contextmanager
-def serving(config, service):
-    stop = threading.Event()
-    thread = threading.Thread(target=service, args=(config, stop))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(30)
-    assert not thread.is_alive()
-
-
-@contextmanager
-def running(site):
-    """The web UI of the site, in front of its own ledger; gives its address."""
-    if not site.config.webui.public_url:
-        site.config = replace(site.config, webui=replace(site.config.webui, port=free_port()))
-    url, pause = f"http://127.0.0.1:{site.config.webui.port}", threading.Event()
-    with serving(site.config, serve):
-        for _ in range(400):
-            try:
-                if requests.get(f"{url}/health", timeout=30).ok:
-                    break
-            except requests.ConnectionError:
-                pause.wait(0.05)
-        yield url

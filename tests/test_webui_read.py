@@ -238,6 +238,17 @@ def test_a_blind_verdict_comes_before_the_first_view_of_the_prediction_in_the_le
     assert first["opened_at"] < first["occurred_at"] < second["occurred_at"] < seen_at < third["occurred_at"]
 
 
+@pytest.mark.parametrize(("form", "informed"), [({"note": "thalamus"}, False), ({"finding_kind": "iph"}, True)])
+def test_what_is_added_to_a_blind_verdict_after_the_prediction_was_shown_says_so_of_a_kind_and_not_of_a_note(
+    shadow: Site, form: dict[str, str], informed: bool
+) -> None:
+    event, client = add(shadow, 1), shadow.client("rita")
+    judge(client, event, "haemorrhage")
+    client.get(address(event))
+    describe(client, event, **form)
+    assert [row["prediction_shown"] for row in kept(shadow)] == [False, informed]
+
+
 def test_a_blind_reader_who_is_asked_for_the_kind_is_still_shown_nothing(shadow: Site) -> None:
     event, client = shadow.add(1), shadow.client("rita")
     page = client.get(judge(client, event, "haemorrhage").location).text

@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -156,23 +156,30 @@ def served(site: Site) -> Iterator[Site]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     site.config = replace(site.config, webui=replace(site.config.webui, port=port, public_url=url))
-    stop, pause = threading.Event(), threading.Event()
-    thread = threading.Thread(target=serve, args=(site.config, stop))
-    thread.start()
-    try:
+    with running(serve, site.config) as stop:
         for _ in range(200):
             try:
                 if requests.get(f"{url}/health", timeout=5).ok:
                     break
             except requests.ConnectionError:
-                pause.wait(0.05)
+                stop.wait(0.05)
         else:
             raise AssertionError("the web UI did not come up")
         yield site
+
+
+@contextmanager
+def running(service: Callable[[Config, threading.Event], None], config: Config) -> Iterator[threading.Event]:
+    """A service in a thread for the block; gives the event that stops it."""
+    stop = threading.Event()
+    thread = threading.Thread(target=service, args=(config, stop))
+    thread.start()
+    try:
+        yield stop
     finally:
         stop.set()
-        thread.join(20)
-        assert not thread.is_alive(), "the web UI did not stop"
+        thread.join(30)
+        assert not thread.is_alive(), "the service did not stop"
 
 
 def triaged(number: int, disposition: str = "positive", **changes: Any) -> SeriesTriaged:

@@ -151,7 +151,8 @@ def describe(series_instance_uid: str, revision: int) -> ResponseReturnValue:
             event,
             own.action,
             user().name,
-            prediction_shown=not unseen,
+            # a note alone does not make a blind verdict an informed one
+            prediction_shown=own.prediction_shown if described[0] == own.finding_kind else not unseen,
             finding_kind=described[0],
             note=described[1],
         )
