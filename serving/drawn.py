@@ -118,7 +118,7 @@ def brighten_rim(rng: np.random.Generator, volume: Float, inside: Cavity) -> Flo
     y, x = np.mgrid[: volume.shape[1], : volume.shape[2]].astype(np.float32)
     towards = np.arctan2(y - y.mean(), x - x.mean()) - np.float32(rng.uniform(-np.pi, np.pi))
     side = np.clip(np.float32(rng.uniform(-0.5, 0.5)) + np.cos(towards), 0, 1)
-    rise = np.float32(rng.uniform(4, 22)) * np.exp(-depth / np.float32(rng.uniform(2, 9))) * side
+    rise = np.float32(rng.uniform(4, 24)) * np.exp(-depth / np.float32(rng.uniform(2, 12))) * side
     return np.asarray(np.where(depth > 0, volume + rise, volume), np.float32)
 
 

@@ -132,8 +132,24 @@ def report(
     return result, _page(result, {_identity(case): case.picture for case in cases if case.picture})
 
 
+def check_report_path(path: Path) -> None:
+    """Raise ConfigError where the figures of a report at `path` would replace a JSON file that is no report's."""
+    figures = path.with_suffix(".json")
+    if not figures.exists():
+        return
+    try:
+        known = json.loads(figures.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, dict) or not {"title", "sets"} <= known.keys():
+        raise ConfigError(
+            f"{figures} is no earlier report, and the figures beside {path} would replace it; name another"
+        )
+
+
 def write_report(path: Path, result: Json, page: str) -> None:
-    """Write `page` to `path` and `result` beside it, with the suffix .json."""
+    """Write `page` to `path` and `result` beside it, with the suffix .json; raises as `check_report_path`."""
+    check_report_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")

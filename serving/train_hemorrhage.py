@@ -43,7 +43,7 @@ from serving.crops import (
     progress,
     split,
 )
-from serving.evaluation_report import report, write_report
+from serving.evaluation_report import check_report_path, report, write_report
 from serving.hemorrhage import WEIGHTS, build, load
 from serving.readers import UNKNOWN
 from serving.score_hemorrhage import cases, evaluate, score
@@ -266,10 +266,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _, aside = split(patients, 0, args.folds)
         Console().print_json(json.dumps(compare(load(args.weights or WEIGHTS), aside, *args.sets)))
     if args.evaluate:
+        page = args.report or args.work / "report.html"
+        check_report_path(page)
         result = evaluate(args.work / "scores")
         CALIBRATION.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         Console(stderr=True).print_json(json.dumps(result))
-        page = args.report or args.work / "report.html"
         about = {
             "Obtained": result["obtained"],
             "Truth": "CT-ICH: experts' outlines, no pixel size given, so that ml are rough; PHE-SICH: experts' boxes",

@@ -36,7 +36,7 @@ from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, protocol_batch, re
 from serving import readers
 from serving.calibration import LEAST, Scored, fit_temperature, measure, out_of_fold, tempered
 from serving.evaluation import wilson
-from serving.evaluation_report import Case, picture, report, write_report
+from serving.evaluation_report import Case, check_report_path, picture, report, write_report
 from serving.phantom import (
     CONTRAST_PHASES,
     OTHER_REGIONS,
@@ -878,6 +878,7 @@ def _main(options: argparse.Namespace) -> int:
 
     console = Console(width=140)
     training = not (options.evaluate or options.calibrate)
+    check_report_path(options.report)  # now, and not after an hour
     heads = read_heads(options.heads or HEADS_FILE) if training else dict(describe(options.weights).heads)
     rows = read_labels(options.labels, heads) if options.labels else []
     site = prepare_site(rows, options.cache / "site") if rows else []

@@ -119,9 +119,9 @@ def test_a_rim_is_brightest_at_the_bone_on_one_side_and_leaves_the_middle_and_wh
         rise = brighten_rim(np.random.default_rng(seed), volume, inside) - volume
         assert not rise[inside.depth == 0].any()
         at_bone, deep = rise[(inside.depth > 0) & (inside.depth < 3)], rise[inside.depth > 60]
-        assert 1 < at_bone.max() <= 22
+        assert 1 < at_bone.max() <= 24
         assert at_bone.min() < 0.8 * at_bone.max()
-        assert np.abs(deep).max() < 0.1
+        assert np.abs(deep).max() < 0.3
 
 
 def test_age_widens_furrows_near_the_skull_and_leaves_bone_depth_and_blood_alone(scan: tuple) -> None:

@@ -28,7 +28,7 @@ from serving.evaluation import (
     predictive_values,
     wilson,
 )
-from serving.evaluation_report import Case, picture, report, worst_cases, write_report
+from serving.evaluation_report import Case, check_report_path, picture, report, worst_cases, write_report
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
@@ -497,6 +497,18 @@ def test_an_outline_surrounds_what_it_outlines():
     blue = (pixels == (70, 170, 255)).all(axis=-1)
     assert blue.sum() == 16
     assert blue[7, 8]
+
+
+def test_a_report_does_not_replace_the_description_of_the_weights_it_is_about(tmp_path) -> None:
+    description = tmp_path / "new.json"
+    description.write_text('{"heads": {}, "calibration": {}}')
+    with pytest.raises(ConfigError, match=r"new\.json is no earlier report"):
+        check_report_path(tmp_path / "new.html")
+    with pytest.raises(ConfigError, match="name another"):
+        write_report(tmp_path / "new.html", {"title": "", "sets": []}, "page")
+    assert description.read_text() == '{"heads": {}, "calibration": {}}'
+    write_report(tmp_path / "report.html", {"title": "", "sets": []}, "page")
+    write_report(tmp_path / "report.html", {"title": "again", "sets": []}, "page")  # an earlier report is replaced
 
 
 @pytest.mark.parametrize("width", [360, 1280])
