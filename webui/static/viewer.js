@@ -44,6 +44,7 @@ function start(base, facts) {
     hurried: false,
   };
   let lastPreset = facts.window;
+  let lasting = find("viewer-note").textContent;
   const stack = () => (state.original ? stacks.original : stacks.model);
   const limit = (value, low, high) => Math.min(Math.max(value, low), high);
 
@@ -209,8 +210,14 @@ function start(base, facts) {
     stacks.original = told;
   }
 
+  /** A passing message, or what holds as long as the page is open. */
   function say(text) {
-    find("viewer-note").textContent = text;
+    find("viewer-note").textContent = text || lasting;
+  }
+
+  function sayLastingly(text) {
+    lasting = text;
+    say(text);
   }
 
   // --- controls
@@ -329,7 +336,7 @@ function start(base, facts) {
   async function openVolume() {
     if (!facts.volume) return;
     if (!document.createElement("canvas").getContext("webgl2")) {
-      return say("This browser offers no WebGL 2: slices are shown as pictures.");
+      return sayLastingly("This browser offers no WebGL 2: slices are shown as pictures.");
     }
     const canvas = document.createElement("canvas");
     canvas.id = "volume";
@@ -356,7 +363,7 @@ function start(base, facts) {
   }
 
   function usePictures(reason) {
-    say(`${reason}: slices are shown as pictures.`);
+    sayLastingly(`${reason}: slices are shown as pictures.`);
     drawer = pictures;
     stage.classList.remove("volume");
     find("volume")?.remove();
