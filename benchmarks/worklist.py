@@ -10,7 +10,8 @@ and with filters. `in_shadow_mode`: the same for a reader who judges blind.
 
 `told`: from posting a result until the stream of an open worklist names a change, and until the rows have been fetched.
 `parts`: the statements behind a page alone, in this process. Prints one JSON object; times in milliseconds.
-`loadavg` is that of the machine, before and after. Exit status 1 when a p95 is above the target.
+`server_cpu` is what a request costs the service's process; it depends less than the rest on what else the machine does,
+whose `loadavg` is given before and after. Exit status 1 when a p95 is above the target.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -215,12 +217,18 @@ def config_of(folder: Path, port: int, mode: str, ledger_url: str) -> Config:
 
 def serve_until_input_ends(config: Config) -> None:
     stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+
+    def wait() -> None:
+        sys.stdin.read()
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     serve(config, stop)
 
 
 @contextlib.contextmanager
-def running(folder: Path, config: Config, mode: str, ledger_url: str) -> Iterator[str]:
+def running(folder: Path, config: Config, mode: str, ledger_url: str) -> Iterator[tuple[str, int]]:
+    """The service in a process of its own: its address and process id."""
     command = [sys.executable, __file__, "--serve", str(folder), "--port", str(config.webui.port), "--mode", mode]
     url = config.webui.public_url
     with subprocess.Popen([*command, "--ledger", ledger_url], stdin=subprocess.PIPE) as process:
@@ -233,7 +241,7 @@ def running(folder: Path, config: Config, mode: str, ledger_url: str) -> Iterato
                     if process.poll() is not None:
                         raise SystemExit("the web UI did not start") from None
                     time.sleep(0.1)
-            yield url
+            yield url, process.pid
         finally:
             assert process.stdin is not None
             process.stdin.close()
@@ -265,7 +273,13 @@ def timed(count: int, work: Callable[[], object]) -> dict[str, float]:
     return spread(times)
 
 
-def measure_addresses(url: str, results_count: int, count: int) -> dict[str, dict[str, float]]:
+def processor_s(process: int) -> float:
+    """What a process has had of the processors until now (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure_addresses(url: str, server: int, results_count: int, count: int) -> dict[str, dict[str, float]]:
     http = logged_in(url)
     known = {"day": (utc_now() - timedelta(days=3)).date(), "last": -(-results_count // record.PAGE_SIZE)}
 
@@ -274,7 +288,13 @@ def measure_addresses(url: str, results_count: int, count: int) -> dict[str, dic
         assert answer.ok, f"{address}: {answer.status_code}"
         assert "<table" in answer.text, f"{address} lists nothing"
 
-    return {name: timed(count, lambda: ask(address.format(**known))) for name, address in ADDRESSES.items()}  # noqa: B023
+    found = {}
+    for name, address in ADDRESSES.items():
+        ask(address.format(**known))
+        before = processor_s(server)
+        found[name] = timed(count, partial(ask, address.format(**known)))
+        found[name]["server_cpu"] = round(1000 * (processor_s(server) - before) / (count + 1), 1)
+    return found
 
 
 def measure_told(url: str, token: str, count: int) -> dict[str, Any]:
@@ -332,8 +352,9 @@ def measure(arguments: argparse.Namespace, mode: str, folder: Path) -> dict[str,
     try:
         add_user(ledger, "rita", PASSWORD, "reader")
         fill(ledger, arguments.results, record.SHADOW if mode == "shadow" else record.OPEN)
-        with running(folder, config, mode, arguments.ledger) as url:
-            found: dict[str, Any] = {"addresses": measure_addresses(url, arguments.results, arguments.requests)}
+        with running(folder, config, mode, arguments.ledger) as (url, server):
+            addresses = measure_addresses(url, server, arguments.results, arguments.requests)
+            found: dict[str, Any] = {"addresses": addresses}
             if mode == "live":
                 found |= measure_told(url, config.webui.token, arguments.told)
         if mode == "live":
