@@ -388,6 +388,7 @@ def test_the_steps_of_a_series_are_told_in_order_with_their_latency(config: Conf
         "reader": "reader",
         "prediction_shown": True,
         "occurred_at": now + timedelta(seconds=61),
+        "undone_at": now + timedelta(seconds=70),
         **common,
     }
     run(config, insert(pages).values(page), insert(deliveries).values(sent), insert(reviews).values(review))
@@ -401,7 +402,8 @@ def test_the_steps_of_a_series_are_told_in_order_with_their_latency(config: Conf
         "disposition",
         "on the worklist",
     ]
-    assert {"taken up by the router", "classified", "page due", "page sent", "delivery", "review"} <= set(names)
+    assert {"taken up by the router", "classified", "page due", "page sent", "delivery"} <= set(names)
+    assert names.index("review") < names.index("review undone")
     assert [step.at for step in steps] == sorted(step.at for step in steps)
     assert steps[0].after_s is None
     assert steps[names.index("page acknowledged")].after_s is not None
