@@ -75,9 +75,7 @@ def test_a_token_changed_in_one_character_is_refused(ledger: Ledger, position: i
         follow(ledger, token[:position] + character + token[position + 1 :])
 
 
-@pytest.mark.parametrize(
-    "token", ["", "a.b.c", "é" * TOKEN_LENGTH, "1" * TOKEN_LENGTH, "a" * TOKEN_LENGTH, "a" * 5000]
-)
+@pytest.mark.parametrize("token", ["", "a.b.c", "é" * TOKEN_LENGTH, "1" * TOKEN_LENGTH, "a" * TOKEN_LENGTH, "a" * 5000])
 def test_a_page_token_that_is_rubbish_is_refused(ledger: Ledger, token: str) -> None:
     with pytest.raises(LinkError):
         follow(ledger, token)
