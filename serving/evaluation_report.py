@@ -21,16 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, stats
 
+from herald.discrimination import auc, delong_difference, delong_interval, newcombe_auc_interval
 from herald.errors import ConfigError
 from serving.evaluation import (
-    auc,
     bootstrap_interval,
     calibration_curve,
     clustered_share,
-    delong_difference,
-    delong_interval,
     expected_calibration_error,
-    newcombe_auc_interval,
     predictive_values,
 )
 

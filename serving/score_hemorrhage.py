@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from herald.discrimination import auc
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
 from serving.crops import Prepared, prepare, progress, read_labelled
-from serving.evaluation import auc, bootstrap_interval, dice, operating_point, platt, wilson
+from serving.evaluation import bootstrap_interval, dice, operating_point, platt, wilson
 from serving.evaluation_report import Case, picture, worst_cases
 from serving.hemorrhage import build
 from serving.readers import UNKNOWN, LabelledVolume

@@ -16,8 +16,9 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from herald.discrimination import auc
 from serving.crops import Prepared, augment
-from serving.evaluation import auc, bootstrap_interval
+from serving.evaluation import bootstrap_interval
 from serving.score_hemorrhage import slice_logits
 
 FOLDS = 5

@@ -13,18 +13,14 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from herald.discrimination import auc, delong_difference, delong_interval, delong_variance, newcombe_auc_interval
 from herald.errors import ConfigError
 from serving.evaluation import (
-    auc,
     bootstrap_interval,
     calibration_curve,
     clustered_share,
-    delong_difference,
-    delong_interval,
-    delong_variance,
     dice,
     expected_calibration_error,
-    newcombe_auc_interval,
     predictive_values,
     wilson,
 )

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from herald.discrimination import auc
 from herald.errors import ConfigError, SignatureMismatch
 from herald.signatures import FINDINGS
 from herald.volume import Volume
@@ -23,7 +24,7 @@ from serving.crops import (
     split,
     truth_of,
 )
-from serving.evaluation import auc, bootstrap_interval, operating_point, platt, sensitivity_threshold, wilson
+from serving.evaluation import bootstrap_interval, operating_point, platt, sensitivity_threshold, wilson
 from serving.hemorrhage import Sizes, build
 from serving.readers import UNKNOWN, LabelledVolume
 from serving.score_hemorrhage import MASK_OFFSETS, evaluate

@@ -7,14 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
+from herald.discrimination import Scores, Truth
 from herald.validation.row import GivenLabel, Reading, ValidationRow
 from herald.validation.statistics import (
     Calibration,
     ControlPoint,
     Corrected,
     Estimate,
-    Scores,
-    Truth,
     auc,
     begg_greenes,
     calibration,

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
-from sklearn.metrics import brier_score_loss, roc_auc_score, roc_curve  # type: ignore[import-untyped]
+from sklearn.metrics import brier_score_loss, roc_curve  # type: ignore[import-untyped]
 from statsmodels.genmod.families import Binomial  # type: ignore[import-untyped]
 from statsmodels.genmod.generalized_linear_model import GLM  # type: ignore[import-untyped]
 from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
+
+from herald import discrimination
+from herald.discrimination import Scores, Truth, delong_interval, newcombe_auc_interval
 
 LEVEL = 0.95
 Z = float(stats.norm.ppf((1 + LEVEL) / 2))
@@ -19,9 +21,6 @@ SIGMAS = 3.0
 LEAST_OF_WEEK = 5
 """A week with fewer cases is drawn and not judged: no share of so few can be told from chance."""
 BINS = 10
-
-Scores = NDArray[np.floating]
-Truth = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -51,33 +50,18 @@ def share(hits: int, n: int) -> Estimate:
 # --- discrimination --------------------------------------------------------------------------------------------------
 
 
-def delong_variance(scores: Scores, truth: Truth) -> float:
-    """Variance of the AUC of `scores` (N,) for `truth` (N,) (DeLong et al. 1988), by ranks (Sun and Xu 2014).
-
-    NaN where a class has fewer than two cases.
-    """
-    positives, negatives = scores[truth], scores[~truth]
-    if min(len(positives), len(negatives)) < 2:
-        return float("nan")
-    ranks = stats.rankdata(scores)
-    of_positives = (ranks[truth] - stats.rankdata(positives)) / len(negatives)
-    of_negatives = (ranks[~truth] - stats.rankdata(negatives)) / len(positives)
-    return float(np.var(of_positives, ddof=1) / len(positives) + np.var(of_negatives, ddof=1) / len(negatives))
-
-
 def auc(scores: Scores, truth: Truth) -> Estimate:
-    """Area under the ROC curve with DeLong's interval on the logit scale, which stays within 0 and 1 (Pepe 2003).
+    """Area under the ROC curve with DeLong's interval, or Newcombe's where the classes are told apart perfectly.
 
-    Without an interval where DeLong has no variance to go by; not estimable where a class is missing.
+    Not estimable where a class is missing.
     """
     n, positives = len(truth), int(truth.sum())
     if not 0 < positives < n:
         return not_estimable(n)
-    area, variance = float(roc_auc_score(truth, scores)), delong_variance(scores, truth)
-    if not variance > 0 or not 0 < area < 1:
-        return Estimate(area, None, None, n)
-    middle, half = np.log(area / (1 - area)), Z * np.sqrt(variance) / (area * (1 - area))
-    return Estimate(area, _expit(middle - half), _expit(middle + half), n)
+    area, (low, high) = discrimination.auc(scores, truth), delong_interval(scores, truth, LEVEL)
+    if np.isnan(low):
+        low, high = newcombe_auc_interval(area, positives, n - positives, LEVEL)
+    return Estimate(area, low, high, n)
 
 
 def roc_points(scores: Scores, truth: Truth) -> list[tuple[float, float]]:
