@@ -23,7 +23,7 @@ TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse t
 LEAST_SPECIFICITY = 0.9  # ... but a reader who is paged for every fifth healthy patient stops looking
 POOLED_SHARE = 0.75  # of the pooled voxel logits in a slice's logit; the slice head is the weaker of the two
 SMOOTHING = (0.25, 0.5, 0.25)  # over neighbouring slices, since blood rarely fills just one
-MASK_OFFSETS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)  # of voxel logits, one of which fits the outlines best
+MASK_OFFSETS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)  # of voxel logits, one of which fits the outlines best
 
 
 def raw_scores(model: keras.Model, volume: NDArray[np.int16]) -> dict[str, NDArray[np.float32]]:
