@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from herald.discrimination import auc
+from herald.discrimination import auc, newcombe_auc_interval
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
 from serving.crops import Prepared, prepare, progress, read_labelled
@@ -23,7 +23,8 @@ TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse t
 LEAST_SPECIFICITY = 0.9  # ... but a reader who is paged for every fifth healthy patient stops looking
 POOLED_SHARE = 0.75  # of the pooled voxel logits in a slice's logit; the slice head is the weaker of the two
 SMOOTHING = (0.25, 0.5, 0.25)  # over neighbouring slices, since blood rarely fills just one
-MASK_OFFSETS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)  # of voxel logits, one of which fits the outlines best
+MASK_OFFSETS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
+"""Of voxel logits, one of which fits the outlines best."""
 
 
 def raw_scores(model: keras.Model, volume: NDArray[np.int16]) -> dict[str, NDArray[np.float32]]:
@@ -131,7 +132,7 @@ def _metrics(
         }
         if not truth.all():
             row["specificity"] = wilson(int((~found & ~truth).sum()), int((~truth).sum()))
-            row["patient_auc"] = [auc(score_, truth), *bootstrap_interval(score_, truth)]
+            row["patient_auc"] = [auc(score_, truth), *_patient_interval(score_, truth)]
         known = [s["slice_truth"][:, c] != UNKNOWN for s in studies]
         slices = np.concatenate([s["logits"][k, c] for s, k in zip(studies, known, strict=True)])
         slice_truth = np.concatenate([s["slice_truth"][k, c] == 1 for s, k in zip(studies, known, strict=True)])
@@ -152,6 +153,14 @@ def _outlined_dice(studies: Sequence[dict[str, NDArray[np.generic]]]) -> NDArray
 
 
 TASKS = ("any bleeding", *(finding.upper().replace("_", "/") for finding in FINDINGS[1:]))
+
+
+def _patient_interval(scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> tuple[float, float]:
+    """Bootstrap over patients; where they are told apart perfectly every resample is, and the numbers alone tell."""
+    low, high = bootstrap_interval(scores, truth)
+    if low == high:
+        return newcombe_auc_interval(auc(scores, truth), int(truth.sum()), int((~truth).sum()))
+    return low, high
 
 
 def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case]:
