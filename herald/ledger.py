@@ -326,6 +326,7 @@ audit = Table(
 )
 
 Index("ix_pages_open", pages.c.state, pages.c.due_at)
+Index("ix_users_subject", users.c.subject, unique=True)  # two log-ins at once make one user; null is no subject
 # all that the worklist filters, counts and sorts by: thousands of rows are gone through without reading their events
 Index(
     "ix_results_worklist",

@@ -101,7 +101,7 @@ def admit(ledger: Ledger, subject: str, wished_name: str, role: Role) -> User:
             return _user(dict(row))
         except LedgerError as error:
             if not isinstance(error.__cause__, IntegrityError):
-                raise  # else somebody took the name at the same moment, on PostgreSQL
+                raise  # else somebody took the name, or made this very user, at the same moment, on PostgreSQL
     raise UserError(f"no free name for {wished_name!r} was found; try again")
 
 
