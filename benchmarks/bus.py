@@ -15,14 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from herald.bus import handle, open_bus  # noqa: E402
-from herald.config import BusConfig  # noqa: E402
-from herald.events import Event, SeriesReceived, utc_now  # noqa: E402
+from herald.bus import handle, open_bus
+from herald.config import BusConfig
+from herald.events import Event, SeriesReceived, utc_now
 
 IDLE_S = 5.0
 

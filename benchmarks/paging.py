@@ -49,20 +49,18 @@ import numpy as np
 from aiosmtpd.controller import Controller
 from sqlalchemy import func, select
 
+from herald.bus import Bus, open_bus
+from herald.config import Config, load_config
+from herald.errors import BusError, LedgerError
+from herald.events import Finding, SeriesTriaged, utc_now
+from herald.ledger import Ledger, open_ledger, pages
+from herald.node import SUPERVISED
+from herald.signatures import FINDINGS, IN_PLANE
+from herald.store import Prediction, StudyStore
+from notifier.record import page_id
+from notifier.service import PAGING_GROUP
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from herald.bus import Bus, open_bus  # noqa: E402
-from herald.config import Config, load_config  # noqa: E402
-from herald.errors import BusError, LedgerError  # noqa: E402
-from herald.events import Finding, SeriesTriaged, utc_now  # noqa: E402
-from herald.ledger import Ledger, open_ledger, pages  # noqa: E402
-from herald.node import SUPERVISED  # noqa: E402
-from herald.signatures import FINDINGS, IN_PLANE  # noqa: E402
-from herald.store import Prediction, StudyStore  # noqa: E402
-from notifier.record import page_id  # noqa: E402
-from notifier.service import PAGING_GROUP  # noqa: E402
-
 TARGET_MS = 300.0
 """p99 at 10 pages/s."""
 RECIPIENTS = ("first@pager.example", "second@pager.example", "third@pager.example")

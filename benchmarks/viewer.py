@@ -39,18 +39,15 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from herald.config import BusConfig, Config, LedgerConfig, NotifierConfig, StoreConfig, WebuiConfig  # noqa: E402
-from herald.events import Finding, SeriesTriaged, utc_now  # noqa: E402
-from herald.ledger import open_ledger  # noqa: E402
-from herald.signatures import FINDINGS, IN_PLANE  # noqa: E402
-from herald.store import INSTANCE_SUFFIX, Prediction, StudyStore  # noqa: E402
-from webui import record  # noqa: E402
-from webui.service import serve  # noqa: E402
-from webui.users import add_user  # noqa: E402
-from webui.viewer import VOLUME_VIEWER  # noqa: E402
+from herald.config import BusConfig, Config, LedgerConfig, NotifierConfig, StoreConfig, WebuiConfig
+from herald.events import Finding, SeriesTriaged, utc_now
+from herald.ledger import open_ledger
+from herald.signatures import FINDINGS, IN_PLANE
+from herald.store import INSTANCE_SUFFIX, Prediction, StudyStore
+from webui import record
+from webui.service import serve
+from webui.users import add_user
+from webui.viewer import VOLUME_VIEWER
 
 TARGET_MS = 1000.0
 """First picture of a series of 32 slices."""

@@ -38,19 +38,16 @@ from typing import Any, cast
 import requests
 from sqlalchemy import insert
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from herald.bus import Bus, open_bus  # noqa: E402
-from herald.config import BusConfig, Config, LedgerConfig, NotifierConfig, StoreConfig, WebuiConfig  # noqa: E402
-from herald.events import Disposition, Finding, Label, SeriesTriaged, utc_now  # noqa: E402
-from herald.ledger import Ledger, open_ledger, results, reviews, series  # noqa: E402
-from herald.signatures import FINDINGS  # noqa: E402
-from herald.store import StudyStore  # noqa: E402
-from webui import operations, record  # noqa: E402
-from webui.app import create_app  # noqa: E402
-from webui.service import serve  # noqa: E402
-from webui.users import add_user  # noqa: E402
+from herald.bus import Bus, open_bus
+from herald.config import BusConfig, Config, LedgerConfig, NotifierConfig, StoreConfig, WebuiConfig
+from herald.events import Disposition, Finding, Label, SeriesTriaged, utc_now
+from herald.ledger import Ledger, open_ledger, results, reviews, series
+from herald.signatures import FINDINGS
+from herald.store import StudyStore
+from webui import operations, record
+from webui.app import create_app
+from webui.service import serve
+from webui.users import add_user
 
 TARGET_MS = 150.0
 """p95 of every address."""

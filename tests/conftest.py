@@ -197,3 +197,29 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Any]:
+    """A web UI in live mode on SQLite; files that drive a browser have one that is served."""
+    from webui_site import open_site
+
+    with open_site(tmp_path) as site:
+        yield site
+
+
+@pytest.fixture
+def shadow(tmp_path: Path) -> Iterator[Any]:
+    """A web UI in shadow mode."""
+    from webui_site import open_site
+
+    with open_site(tmp_path, mode="shadow") as site:
+        yield site
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where screenshots go: $HERALD_TEST_SCREENSHOTS to look at them, else a temporary folder."""
+    folder = Path(os.environ.get("HERALD_TEST_SCREENSHOTS", tmp_path / "screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -4,16 +4,10 @@ from dataclasses import replace
 
 import pytest
 from sqlalchemy import func, select, text
-from webui_site import Site, open_site, triaged
+from webui_site import Site, triaged
 
 from herald.events import SeriesReceived, utc_now
 from herald.ledger import results
-
-
-@pytest.fixture
-def site(tmp_path):
-    with open_site(tmp_path) as site:
-        yield site
 
 
 def rows(site: Site) -> list:

@@ -1,13 +1,11 @@
 """A reader at work, in a real Chromium against the real server: waitress, SQLite ledger and bus."""
 
-# ruff: noqa: F811 - tests name a fixture that is imported
-
 import re
 from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import select
-from webui_browser import (  # noqa: F401 - some are for other files, which take them from here
+from webui_browser import (
     CONTRAST,
     DESKTOP,
     LAPTOP,
@@ -17,7 +15,6 @@ from webui_browser import (  # noqa: F401 - some are for other files, which take
     log_in,
     open_page,
     picture_loaded,
-    pictures,
 )
 from webui_site import HOTTEST, ROOT, SLICES, Site, open_site, served, triaged
 

@@ -15,8 +15,8 @@ from uuid import uuid4
 import pytest
 from served_models import eventually
 from sqlalchemy import event, insert, select, update
-from test_webui_browser import CONTRAST, DESKTOP, PHONE, UNNAMED, fits, log_in, open_page, pictures, served  # noqa: F401 - a fixture
-from webui_site import ROOT, Site, open_site, triaged
+from webui_browser import CONTRAST, DESKTOP, PHONE, UNNAMED, fits, log_in, open_page
+from webui_site import ROOT, Site, open_site, served, triaged
 
 from herald.bus import handle, open_bus
 from herald.config import BusConfig, LedgerConfig, NotifierConfig, PagingStep, StoreConfig
@@ -676,7 +676,7 @@ def test_the_banner_and_the_operations_page_can_be_read_and_used(
     chromium: Any,
     running: Site,
     viewport: Any,
-    pictures: Path,  # noqa: F811
+    pictures: Path,
 ) -> None:
     trouble(running)
     page = open_page(chromium, running, viewport, "/operations")
@@ -752,7 +752,7 @@ def test_an_administrator_reads_the_condition_replays_and_reconciles_in_a_browse
     chromium: Any,
     running: Site,
     viewport: Any,
-    pictures: Path,  # noqa: F811
+    pictures: Path,
 ) -> None:
     busy(running)
     page = open_page(chromium, running, viewport, "/operations")

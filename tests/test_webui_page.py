@@ -22,12 +22,6 @@ from webui import record, words
 OTHER_PAGE = "0a1b2c3d-4e5f-5071-8293-a4b5c6d7e8f9"
 
 
-@pytest.fixture
-def site(tmp_path):
-    with open_site(tmp_path) as site:
-        yield site
-
-
 def test_the_link_of_a_page_shows_the_finding_without_images_and_without_log_in(site):
     event = site.add(1)
     page = site.client().get(site.link(event)).text

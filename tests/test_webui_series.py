@@ -9,23 +9,11 @@ from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from sqlalchemy import select
-from webui_site import HOTTEST, SLICES, add_page, open_site, prediction, triaged
+from webui_site import HOTTEST, SLICES, add_page, prediction, triaged
 
 from herald.ledger import audit, results, reviews
 from herald.picture import MASK_COLOUR
 from webui.picture import MIDDLE_SLICES, Pictures, render
-
-
-@pytest.fixture
-def site(tmp_path):
-    with open_site(tmp_path) as site:
-        yield site
-
-
-@pytest.fixture
-def shadow(tmp_path):
-    with open_site(tmp_path, mode="shadow") as site:
-        yield site
 
 
 def address(event) -> str:

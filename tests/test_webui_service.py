@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import requests
 from sqlalchemy import select
-from webui_site import open_site
 
 from herald.bus import open_bus
 from herald.errors import BusError, ConfigError
@@ -14,12 +13,6 @@ from herald.ledger import reviews
 from webui import api
 from webui import publisher as publishing
 from webui.service import serve
-
-
-@pytest.fixture
-def site(tmp_path):
-    with open_site(tmp_path) as site:
-        yield site
 
 
 def agree(site, number: int) -> None:

@@ -17,12 +17,6 @@ from webui import page, proxy, session
 from webui.users import UserError, add_user, check_password, find_user
 
 
-@pytest.fixture
-def site(tmp_path):
-    with open_site(tmp_path) as site:
-        yield site
-
-
 def audited(site) -> list[tuple[str, str]]:
     with site.ledger.read() as connection:
         rows = connection.execute(select(audit.c.user, audit.c.action))

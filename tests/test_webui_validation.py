@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from report_rows import analysed, excluded
 from sqlalchemy import select
-from test_webui_browser import CONTRAST, DESKTOP, PHONE, UNNAMED, fits, log_in, open_page, pictures, served  # noqa: F401 - a fixture
-from webui_site import Site, open_site
+from webui_browser import CONTRAST, DESKTOP, PHONE, UNNAMED, fits, log_in, open_page
+from webui_site import Site, open_site, served
 
 from herald.errors import LedgerError
 from herald.ledger import audit
@@ -128,7 +128,7 @@ def test_the_page_has_contrast_names_and_fits_and_the_browser_does_not_complain(
     chromium,
     site: Site,
     viewport,
-    pictures: Path,  # noqa: F811 - the fixture
+    pictures: Path,
 ) -> None:
     with served(site) as running:
         page = open_page(chromium, running, viewport, f"/validation?{MARCH}")

@@ -16,7 +16,7 @@ from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from sqlalchemy import select
-from webui_site import HOTTEST, SLICES, open_site, prediction
+from webui_site import HOTTEST, SLICES, prediction
 
 from herald.ledger import audit
 from herald.picture import MASK_COLOUR
@@ -32,18 +32,6 @@ MATRIX = (180, 200)
 PLACEMENT = (-10, 20, 160)
 """Where the square that the model saw lies in the matrix: top, left, side."""
 NAME, PATIENT_ID = "Surname^Given", "ID-4711"
-
-
-@pytest.fixture
-def site(tmp_path):
-    with open_site(tmp_path) as site:
-        yield site
-
-
-@pytest.fixture
-def shadow(tmp_path):
-    with open_site(tmp_path, mode="shadow") as site:
-        yield site
 
 
 def base(event) -> str:

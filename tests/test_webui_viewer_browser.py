@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import ARGUMENTS, CHROMIUM
 from PIL import Image
-from test_webui_browser import DESKTOP, PHONE, fits, log_in, open_page, pictures, served
 from test_webui_viewer import analysed, base
-from webui_site import HOTTEST, SLICES, Site, open_site
+from webui_browser import DESKTOP, PHONE, fits, log_in, open_page
+from webui_site import HOTTEST, SLICES, Site, open_site, served
 
 from webui.viewer import VOLUME_VIEWER
 
@@ -26,8 +26,6 @@ WEBGL = (
 )
 NO_WEBGL = (*ARGUMENTS, "--disable-3d-apis")
 PATIENCE_MS = 120_000  # WebGL on a busy processor
-
-__all__ = ["pictures"]  # a fixture
 
 
 @pytest.fixture(scope="module")

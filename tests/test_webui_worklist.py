@@ -17,18 +17,6 @@ from webui import record
 from webui.record import WorklistQuery
 
 
-@pytest.fixture
-def site(tmp_path):
-    with open_site(tmp_path) as site:
-        yield site
-
-
-@pytest.fixture
-def shadow(tmp_path):
-    with open_site(tmp_path, mode="shadow") as site:
-        yield site
-
-
 def accessions(site, **query) -> list[str]:
     rows = record.find_worklist(site.ledger, WorklistQuery(**query)).rows
     return [row.result.event.accession_number for row in rows]

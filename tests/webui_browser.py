@@ -1,7 +1,5 @@
 """A browser for the tests of the web UI: sizes of screens, log-in, screenshots, and what to ask of any page."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +10,6 @@ sync_api = pytest.importorskip("playwright.sync_api")
 DESKTOP = {"width": 1366, "height": 900}
 LAPTOP = {"width": 1366, "height": 768}
 PHONE = {"width": 360, "height": 740}
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Where screenshots go: $HERALD_TEST_SCREENSHOTS to look at them, else a temporary folder."""
-    folder = Path(os.environ.get("HERALD_TEST_SCREENSHOTS", tmp_path / "screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def open_page(chromium: Any, site: Site, viewport: dict[str, int], path: str = "/", **options: Any) -> Any:
