@@ -12,7 +12,7 @@ from validation_ledger import NOON, Month, series_of, study_of
 
 from herald.config import Config, NotifierConfig, PagingSite
 from herald.events import Finding, Label
-from herald.ledger import reviews
+from herald.ledger import results, reviews
 from herald.validation.collect import changed, collect
 from herald.validation.row import GivenLabel, ValidationRow
 
@@ -131,6 +131,29 @@ def test_reasons_keep_our_own_words_only(month: Month, disposition: str, reason:
     month.triage(1, disposition, reasons=(reason,))
     (row,) = rows(month)
     assert row.reasons == (kept or reason,)
+
+
+@pytest.mark.parametrize("damaged", [{"disposition": "positive"}, {"revision": "first"}, ["no", "event"], "none"])
+@pytest.mark.parametrize("disposition", ["positive", "failed"])
+def test_a_stored_event_that_cannot_be_read_costs_its_details_and_no_other_row(
+    month: Month, caplog: pytest.LogCaptureFixture, damaged: Any, disposition: str
+) -> None:
+    for i in (1, 2, 3):
+        month.receive(i)
+        month.triage(i, disposition=disposition)
+    with month.ledger.begin() as connection:
+        connection.execute(
+            update(results).where(results.c.series_instance_uid == series_of(2)).values(event=damaged, probability=0.7)
+        )
+    first, second, third = rows(month)
+    assert (first.disposition, third.disposition) == (disposition, disposition)
+    assert (second.study_instance_uid, second.series_instance_uid) == (study_of(2), series_of(2))
+    assert (second.disposition, second.probability) == (disposition, 0.7)
+    assert second.reasons == ("the stored event cannot be read",)
+    assert second.triaged_at is not None
+    (record,) = caplog.records
+    assert series_of(2) in record.getMessage()
+    assert "mend the event" in record.getMessage()
 
 
 def test_a_row_has_the_newest_label_of_each_source_and_the_newest_adjudication(month: Month) -> None:

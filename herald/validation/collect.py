@@ -5,6 +5,7 @@ keeps what Herald says itself: of a failure the class of the error, of images le
 by `herald trace` while the ledger keeps it.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -20,8 +21,14 @@ from herald.ledger import adjudications, labels, pages, results, reviews, series
 from herald.sites import mode_of, site_of
 from herald.validation.row import GivenLabel, LabelKind, Reading, RowDisposition, ValidationRow
 
+log = logging.getLogger(__name__)
+
 VERDICTS = ("agree", "disagree", "unsure")
 OPEN_PAGES = ("due", "sent")
+RESULT_COLUMNS = (
+    "study_instance_uid", "series_instance_uid", "revision", "accession_number", "scanner", "disposition", "uncertain"
+)  # fmt: skip
+UNREADABLE = "the stored event cannot be read"
 
 AT_ONCE = 500
 """Series of which the tables are asked at a time: few enough for a statement, enough to ask seldom."""
@@ -212,9 +219,22 @@ class _Collected:
 
 
 def _event(received: Any, decided: Any) -> SeriesTriaged:
-    """What was decided; of a series without a result, what the receiver knows, in the same words."""
+    """What was decided; of a series without a result, what the receiver knows, in the same words.
+
+    A stored event that cannot be read leaves what the ledger's own columns tell: one must not stop the record of all.
+    """
     if decided:
-        return msgspec.convert(decided["event"], SeriesTriaged)
+        try:
+            return msgspec.convert(decided["event"], SeriesTriaged)
+        except msgspec.ValidationError as error:
+            log.error(
+                "the stored event of series %s, revision %d, cannot be read (%s); its row of the validation record has "
+                "the columns of table results only; mend the event, and the row follows",
+                decided["series_instance_uid"],
+                decided["revision"],
+                error,
+            )
+            return SeriesTriaged(reasons=(UNREADABLE,), **{name: decided[name] for name in RESULT_COLUMNS})
     same = ("study_instance_uid", "series_instance_uid", "revision", "accession_number", "modality", "scanner")
     when = ("calling_ae_title", "instance_count", "first_image_at", "last_image_at")
     known: dict[str, Any] = {name: received[name] for name in same + when}
@@ -246,7 +266,7 @@ def _given(rows: Iterable[Any]) -> Iterator[GivenLabel]:
 
 def _own_words(reason: str, disposition: str) -> str:
     """A reason without what other libraries or headers may have put into it."""
-    if disposition == "failed":
+    if disposition == "failed" and reason != UNREADABLE:
         named = _ERROR_CLASS.match(reason)
         return named.group() if named else "error"
     if reason.startswith("incomplete:"):
