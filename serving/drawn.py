@@ -181,7 +181,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale_px: float) ->
     planes, rows, columns = (_between(n, c) for n, c in zip(shape, coarse, strict=True))
     out = rows @ rng.standard_normal(coarse).astype(np.float32) @ columns.T
     out = np.tensordot(planes, out, axes=1)
-    return out / max(float(out.std()), 1e-3)
+    return np.asarray(out / max(float(out.std()), 1e-3), np.float32)
 
 
 def _between(count: int, coarse: int) -> Float:
