@@ -187,7 +187,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale_px: float) ->
 def _between(count: int, coarse: int) -> Float:
     """Weights (count, coarse) that interpolate linearly from `coarse` cells to `count` ones over the same length."""
     at = np.clip((np.arange(count) + 0.5) * coarse / count - 0.5, 0, coarse - 1)
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(coarse)), 0).astype(np.float32)
+    return np.asarray(np.maximum(1 - np.abs(at[:, None] - np.arange(coarse)), 0), np.float32)
 
 
 def _ellipsoid(rng: np.random.Generator, shape: tuple[int, ...], centre: NDArray[np.intp], radius_px: float) -> Float:
