@@ -25,7 +25,7 @@ from herald.volume import Placement, detection_input, slabs
 from serving.drawn import Cavity, brighten_rim, cavity, draw_bleed, draw_calcification, move_bleed, widen_furrows
 from serving.phantom import draw_findings, simulate
 from serving.public_sets import PUBLIC_SETS
-from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere
+from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere, truth_of_study
 
 FOLDS = 5
 CROPS = 8  # crops of a step, of as many patients or places: neighbouring slices teach little that is new
@@ -47,6 +47,7 @@ HELD_OUT_SIMULATED, HELD_OUT_FROM = 40, 1000  # other ones, to measure on
 CROSS_VALIDATED = "ct-ich"  # the real set with and without bleeding: every figure on it is out of fold
 SAME_PATIENTS = {"ct-ich-nifti": "ct-ich", "bhsd": "rsna-2019"}
 ALL_SETS = {**SETS, **PUBLIC_SETS}
+KNOWN = ("source", "patient", "slice_truth", "study_truth", "child")
 
 # Augmentation. One crop is changed as a whole; every set alike, so that the look of a set does not give its label away.
 ROTATION_DEG, SCALE, SHIFT_PX = 45.0, 0.10, 10.0  # children and the unconscious lie as they lie
@@ -72,11 +73,12 @@ class Pixels:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What is known of one patient, `slice_truth` (D, C) uint8, and its pixels, read when they are asked for."""
+    """What is known of one patient, `slice_truth` (D, C) and `study_truth` (C,), and pixels, read when asked for."""
 
     source: str
     patient: str
     slice_truth: NDArray[np.uint8]
+    study_truth: NDArray[np.uint8]
     child: bool
     read: Callable[[], Pixels]
 
@@ -101,7 +103,8 @@ def prepare(labelled: LabelledVolume) -> Prepared:
         unknown=np.packbits(truth == UNKNOWN, axis=-1, bitorder="little")[..., 0],
         depth=cavity(volume).depth,
     )
-    return Prepared(labelled.source, labelled.patient, slice_truth, bool(labelled.child), lambda: pixels)
+    study_truth = truth_of_study(labelled.slice_truth, labelled.study_truth)
+    return Prepared(labelled.source, labelled.patient, slice_truth, study_truth, bool(labelled.child), lambda: pixels)
 
 
 def _nearest(truth: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
@@ -152,7 +155,7 @@ def load_patients(data: Path, work: Path, source: str) -> list[Prepared]:
             for name, read in bar.track(missing.items(), description=f"preparing {source}"):
                 partly = work / f"{source}_{name}.partly.npz"
                 ready = prepare(read())
-                known = {"source": source, "patient": name, "slice_truth": ready.slice_truth, "child": ready.child}
+                known = {name: getattr(ready, name) for name in KNOWN}
                 np.savez(partly, **known, **vars(ready.pixels))
                 partly.rename(work / f"{source}_{name}.npz")
     return [_stored(work / f"{source}_{name}.npz") for name in readers]
@@ -161,8 +164,14 @@ def load_patients(data: Path, work: Path, source: str) -> list[Prepared]:
 def _stored(path: Path) -> Prepared:
     """A patient of the cache: RSNA 2019 as a whole would fill 200 GB of memory with pixels."""
     with np.load(path) as file:
+        study_truth = truth_of_study(file["slice_truth"], file.get("study_truth"))  # older files have none
         return Prepared(
-            str(file["source"]), str(file["patient"]), file["slice_truth"], bool(file["child"]), partial(_pixels, path)
+            str(file["source"]),
+            str(file["patient"]),
+            file["slice_truth"],
+            study_truth,
+            bool(file["child"]),
+            partial(_pixels, path),
         )
 
 
@@ -179,8 +188,8 @@ def progress() -> Progress:
 
 
 def bleeds(patient: Prepared) -> bool:
-    """Whether any slice is known to."""
-    return bool((patient.slice_truth[:, 0] == 1).any())
+    """Whether it is known to, be it not where."""
+    return bool(patient.study_truth[0] == 1)
 
 
 def identity(patient: Prepared) -> tuple[str, str]:
@@ -233,7 +242,7 @@ class Sampler:
             raise ConfigError(f"nobody to learn from in {', '.join(shares)}; name sets of which there are patients")
         of_sources = np.array([shares[source] for source in self.sources])
         self.shares = of_sources / of_sources.sum()
-        self.donors = [p for p in patients if bleeds(p) and p.source != "simulated"]
+        self.donors = [p for p in patients if (p.slice_truth[:, 0] == 1).any() and p.source != "simulated"]
 
     def crop(self, rng: np.random.Generator) -> Crop:
         """One crop of OUTPUT_SLICES slices and the two on either side; edges of the scan are repeated."""

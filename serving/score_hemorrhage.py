@@ -13,11 +13,11 @@ from scipy.special import expit
 from herald.discrimination import auc, newcombe_auc_interval
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
-from serving.crops import Prepared, prepare, progress, read_labelled
+from serving.crops import ALL_SETS, CROSS_VALIDATED, Prepared, prepare, progress, read_labelled
 from serving.evaluation import bootstrap_interval, dice, operating_point, platt, wilson
 from serving.evaluation_report import Case, picture, worst_cases
 from serving.hemorrhage import build
-from serving.readers import UNKNOWN, LabelledVolume
+from serving.readers import UNKNOWN, LabelledVolume, truth_of_study
 
 TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse than an extra look ...
 LEAST_SPECIFICITY = 0.9  # ... but a reader who is paged for every fifth healthy patient stops looking
@@ -49,6 +49,7 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
                 slice=raw["slice"],
                 pooled=raw["pooled"],
                 slice_truth=p.slice_truth,
+                study_truth=p.study_truth,
                 child=p.child,
                 dice=np.stack([dice((voxel > offset) & known, truth & known) for offset in MASK_OFFSETS]),
                 outlined=truth.any(axis=(1, 2)),
@@ -70,6 +71,7 @@ def scored(folder: Path) -> list[dict[str, object]]:
         with np.load(path) as file:
             fields = {name: file[name] for name in file.files}
         fields["source"], _, fields["patient"] = path.stem.rpartition("_")
+        fields["study_truth"] = truth_of_study(fields["slice_truth"], fields.get("study_truth"))
         fields["logits"] = slice_logits(fields["slice"], fields["pooled"])
         studies.append(fields)
     return studies
@@ -79,27 +81,27 @@ def evaluate(folder: Path) -> dict[str, object]:
     """Calibration and metrics from the scores of folds in `folder`; raises ConfigError where there are none."""
     studies = scored(folder)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fold*/run.json"))]
-    mixed = [s for s in studies if s["source"] == "ct-ich"]
+    mixed = [s for s in studies if s["source"] == CROSS_VALIDATED]
     if not mixed:
-        raise ConfigError(f"no scores in {folder}; run --fold 0, --fold 1 and --fold 2 first")
+        raise ConfigError(f"no scores of {CROSS_VALIDATED} in {folder}; run --fold 0, --fold 1 and --fold 2 first")
 
     thresholds, scales = [], []
     for c in range(len(FINDINGS)):
         study_score = np.array([s["logits"][:, c].max() for s in mixed])
-        study_truth = np.array([(s["slice_truth"][:, c] == 1).any() for s in mixed])
+        study_truth = np.array([s["study_truth"][c] == 1 for s in mixed])
         slices = np.concatenate([s["logits"][:, c] for s in mixed])
         truth = np.concatenate([s["slice_truth"][:, c] == 1 for s in mixed])
         thresholds.append(operating_point(study_score, study_truth, TARGET_SENSITIVITY, LEAST_SPECIFICITY))
         scales.append(float(np.clip(platt(slices, truth)[0], 0.5, 2.0)) if truth.any() else 1.0)
     offset = int(np.argmax(_outlined_dice(mixed).mean(axis=1)))
     metrics: dict[str, object] = {}
-    for name, group in (
-        ("ct-ich", mixed),
-        ("ct-ich adults", [s for s in mixed if not s["child"]]),
-        ("ct-ich children", [s for s in mixed if s["child"]]),
-        ("phe-sich", [s for s in studies if s["source"] == "phe-sich"]),
-        ("simulated", [s for s in studies if s["source"] == "simulated"]),
-    ):
+    groups = {
+        CROSS_VALIDATED: mixed,
+        f"{CROSS_VALIDATED} adults": [s for s in mixed if not s["child"]],
+        f"{CROSS_VALIDATED} children": [s for s in mixed if s["child"]],
+        **{source: [s for s in studies if s["source"] == source] for source in (*ALL_SETS, "simulated")},
+    }
+    for name, group in groups.items():
         if group:
             metrics[name] = _metrics(group, thresholds, offset)
     return {
@@ -121,8 +123,9 @@ def _metrics(
 ) -> dict[str, object]:
     out: dict[str, object] = {"patients": len(studies)}
     for c, finding in enumerate(FINDINGS):
-        score_ = np.array([s["logits"][:, c].max() for s in studies])
-        truth = np.array([(s["slice_truth"][:, c] == 1).any() for s in studies])
+        said = [s for s in studies if s["study_truth"][c] != UNKNOWN]
+        score_ = np.array([s["logits"][:, c].max() for s in said])
+        truth = np.array([s["study_truth"][c] == 1 for s in said])
         if not truth.any():
             continue
         found = score_ >= thresholds[c]
@@ -186,7 +189,7 @@ def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case
 def _cases_of(
     study: dict[str, object], probability: NDArray[np.floating], labelled: LabelledVolume | None, offset: int
 ) -> list[Case]:
-    present = study["slice_truth"] == 1
+    present, of_study = study["slice_truth"] == 1, study["study_truth"]
     child = bool(study["child"]) if study["source"] == "ct-ich" else None  # the other sets do not say
     volume_ml, spacing = [None] * len(FINDINGS), None
     if labelled is not None:
@@ -205,17 +208,18 @@ def _cases_of(
     }
     out = []
     for c, task in enumerate(TASKS):
-        bleeds = bool(present[:, c].any())
-        out.append(
-            Case(
-                task=task,
-                truth="bleeding" if bleeds else "none",
-                probability=_two_classes(probability[:, c].max()),
-                kinds=tuple(TASKS[k] for k in range(1, len(TASKS)) if present[:, k].any()) if not c else (),
-                volume_ml=volume_ml[c] if bleeds else None,
-                **known,
+        if of_study[c] != UNKNOWN:
+            bleeds = bool(of_study[c] == 1)
+            out.append(
+                Case(
+                    task=task,
+                    truth="bleeding" if bleeds else "none",
+                    probability=_two_classes(probability[:, c].max()),
+                    kinds=tuple(TASKS[k] for k in range(1, len(TASKS)) if of_study[k] == 1) if not c else (),
+                    volume_ml=volume_ml[c] if bleeds else None,
+                    **known,
+                )
             )
-        )
         for i in np.flatnonzero(study["slice_truth"][:, c] != UNKNOWN):
             out.append(
                 Case(

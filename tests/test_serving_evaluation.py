@@ -572,6 +572,27 @@ def test_scores_of_the_detector_become_cases_with_volumes_and_pictures_where_the
     assert [c.dice for c in slices] == [None, None, 0.5, 0.5, None]
 
 
+def test_what_is_known_of_a_study_and_not_of_its_slices_counts_and_what_nobody_knows_does_not(tmp_path):
+    from serving.readers import UNKNOWN
+    from serving.score_hemorrhage import cases
+
+    slice_truth = np.full((6, 5), UNKNOWN, np.uint8)
+    slice_truth[:, 3] = 0
+    study_truth = np.array([1, 1, UNKNOWN, 0, UNKNOWN], np.uint8)
+    logits = np.full((6, 5), 2.0)
+    (tmp_path / "fold0").mkdir()
+    np.savez(tmp_path / "fold0" / "cq500_1.npz", slice=logits, pooled=logits, slice_truth=slice_truth, child=False,
+             study_truth=study_truth, dice=np.zeros((7, 6)), outlined=np.zeros(6))  # fmt: skip
+    calibration = {"scale": [1.0] * 5, "threshold": [0.5] * 5, "mask_offset": [0.0]}
+    found = cases(tmp_path, calibration, tmp_path)
+    assert {(c.task, c.truth, c.kinds) for c in found if c.unit == "study"} == {
+        ("any bleeding", "bleeding", ("IPH",)),
+        ("IPH", "bleeding", ()),
+        ("SAH", "none", ()),
+    }
+    assert {(c.task, c.truth) for c in found if c.unit == "slice"} == {("SAH, by slice", "none")}
+
+
 def test_decisions_of_the_protocol_model_become_cases_of_the_heads_whose_label_is_known(monkeypatch):
     from rich.console import Console
 

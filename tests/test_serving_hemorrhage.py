@@ -17,6 +17,7 @@ from serving.crops import (
     Prepared,
     Sampler,
     augment,
+    bleeds,
     fold_of,
     load_patients,
     prepare,
@@ -26,7 +27,7 @@ from serving.crops import (
 )
 from serving.evaluation import bootstrap_interval, operating_point, platt, sensitivity_threshold, wilson
 from serving.hemorrhage import Sizes, build
-from serving.readers import UNKNOWN, LabelledVolume
+from serving.readers import UNKNOWN, LabelledVolume, anywhere
 from serving.score_hemorrhage import MASK_OFFSETS, evaluate
 from serving.train_hemorrhage import loss, main, train
 from serving.unfinished import UnfinishedRun
@@ -145,7 +146,7 @@ def patient(name: str, kind: int | None, source: str = "ct-ich", slices: int = 1
     depth = np.zeros_like(positive)
     depth[:, 60:200, 60:200] = 20
     pixels = Pixels(volume, positive, np.zeros_like(positive), depth)
-    return Prepared(source, name, slice_truth, False, lambda: pixels)
+    return Prepared(source, name, slice_truth, anywhere(slice_truth), False, lambda: pixels)
 
 
 def test_crops_come_from_every_kind_and_from_patients_without_blood():
@@ -308,6 +309,30 @@ def test_patients_are_prepared_once_and_their_pixels_read_only_when_asked_for(tm
     assert stored.pixels.volume.any()  # read lately, so kept
 
 
+def test_a_patient_known_to_bleed_but_not_where_is_dealt_out_as_one_and_never_learned_from_as_healthy(
+    tmp_path, monkeypatch
+):
+    hounsfield = np.full((8, 64, 64), 30, dtype=np.int16)
+    unknown = np.full((8, len(FINDINGS)), UNKNOWN, dtype=np.uint8)
+    voxels = np.full((8, 64, 64, len(FINDINGS)), UNKNOWN, dtype=np.uint8)
+    study_truth = np.array([1, 1, UNKNOWN, 0, UNKNOWN], dtype=np.uint8)
+    volume = Volume(hounsfield, np.arange(8) * 5.0, (0.9, 0.9))
+    labelled = LabelledVolume("site", "x", volume, voxels, unknown, study_truth=study_truth)
+    monkeypatch.setitem(ALL_SETS, "site", ("set", lambda folder: ["x"], lambda *who: labelled))
+    (tmp_path / "set").mkdir()
+    load_patients(tmp_path, tmp_path / "prepared", "site")
+    (stored,) = load_patients(tmp_path, tmp_path / "prepared", "site")
+    np.testing.assert_array_equal(stored.study_truth, study_truth)
+    assert bleeds(stored)
+    healthy = [patient(f"h{i}", None, "site") for i in range(FOLDS)]
+    assert sorted(fold_of([*healthy, stored]).values()) == sorted([*range(FOLDS), 0])  # a group of its own
+    sampler = Sampler([stored, *healthy], 1, {"site": 1.0})
+    for index in range(4):
+        *_, slice_truth = sampler.batch(index)
+        assert (slice_truth[..., 0] != UNKNOWN).all()
+    assert not sampler.donors
+
+
 def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
     monkeypatch.setattr("serving.train_hemorrhage.SAVE_EVERY", 1)
@@ -442,8 +467,19 @@ def test_evaluation_calibrates_on_mixed_patients_and_reports_each_set_apart(tmp_
         overlaps = np.linspace(0.1, 0.7, len(MASK_OFFSETS))[:, None] * np.ones(9)
         np.savez(folder / f"{source}_{i:03d}.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
                  child=i % 4 == 0, dice=overlaps, outlined=slice_truth[:, 0])  # fmt: skip
+    for i in range(5):  # of these it is known whether they bleed, and of the last not even that
+        slice_truth = np.full((9, 5), 0 if i < 2 else UNKNOWN, dtype=np.uint8)
+        study_truth = np.full(5, (0, 0, 1, 1, UNKNOWN)[i], dtype=np.uint8)
+        logits = rng.normal((-3, -3, 2, 2, 2)[i], 0.3, (9, 5))
+        np.savez(tmp_path / "fold0" / f"cq500_{i:03d}.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
+                 study_truth=study_truth, child=False, dice=np.zeros((len(MASK_OFFSETS), 9)),
+                 outlined=np.zeros(9))  # fmt: skip
     result = evaluate(tmp_path)
     metrics: dict = result["metrics"]
+    assert metrics["cq500"]["patients"] == 5
+    assert metrics["cq500"]["any"]["positive"] == 2
+    assert metrics["cq500"]["any"]["sensitivity"][0] == metrics["cq500"]["any"]["specificity"][0] == 1.0
+    assert "slice_auc" not in metrics["cq500"]["any"]
     area, low, high = metrics["ct-ich"]["any"]["patient_auc"]
     assert (area, high) == (1.0, 1.0)
     assert 0.7 < low < 0.95  # told apart perfectly, but of twenty patients only

@@ -21,7 +21,7 @@ def patient(source: str, number: int, noise: float) -> Prepared:
     truth = np.zeros((12, len(FINDINGS)), dtype=np.uint8)
     truth[5, 0] = 1
     pixels = Pixels(volume, nothing, nothing, nothing)
-    return Prepared(source, f"{number:03d}", truth, False, lambda: pixels)
+    return Prepared(source, f"{number:03d}", truth, truth.max(axis=0), False, lambda: pixels)
 
 
 def test_sets_that_look_different_are_told_apart(monkeypatch):

@@ -117,6 +117,18 @@ def test_the_focus_is_seen_and_follows_the_order_of_the_page(chromium: Any, site
     assert places == sorted(places)
 
 
+def test_every_part_of_the_site_is_a_thumb_away_on_a_phone(chromium: Any, site: Site) -> None:
+    page = open_page(chromium, site, PHONE)
+    log_in(page)
+    page.wait_for_url("**/")
+    for name in ("Operations", "Adjudication", "Worklist"):
+        link = page.get_by_role("navigation", name="Main").get_by_role("link", name=name)
+        assert link.bounding_box()["height"] >= 44, name  # WCAG 2.5.5
+        link.click()
+        page.get_by_role("heading", level=1, name=name).wait_for()
+        assert fits(page), name
+
+
 def test_the_question_for_the_kind_holds_the_focus_and_gives_it_back(chromium: Any, site: Site) -> None:
     page = open_page(chromium, site, LAPTOP)
     log_in(page)
