@@ -23,6 +23,8 @@ TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse t
 LEAST_SPECIFICITY = 0.9  # ... but a reader who is paged for every fifth healthy patient stops looking
 POOLED_SHARE = 0.75  # of the pooled voxel logits in a slice's logit; the slice head is the weaker of the two
 SMOOTHING = (0.25, 0.5, 0.25)  # over neighbouring slices, since blood rarely fills just one
+SHIPPED = "shipped"
+"""Folder of what the shipped weights say of the studies that nobody learned from."""
 MASK_OFFSETS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
 """Of voxel logits, one of which fits the outlines best."""
 
@@ -65,15 +67,40 @@ def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -
 
 
 def scored(folder: Path) -> list[dict[str, object]]:
-    """What `score` wrote for each study of the folds in `folder`, with its `logits` (D, C)."""
-    studies = []
-    for path in sorted(folder.glob("fold*/*.npz")):
+    """What `score` wrote for each study of the folds in `folder`, with its `logits` (D, C).
+
+    Where the shipped weights scored a study as well, theirs is taken, on the scale of the folds (`shift`).
+    """
+    folds, shipped = _read(folder, "fold*"), _read(folder, SHIPPED)
+    beyond = shift(folder)
+    for study in shipped.values():
+        study["logits"] = study["logits"] - beyond
+    return list((folds | shipped).values())
+
+
+def shift(folder: Path) -> NDArray[np.float64]:
+    """By how much the shipped weights' logits of a study lie above those of the folds: median of studies of both, (C,).
+
+    Thresholds and figures come from the folds, whose models saw fewer patients and are less sure, or more, of what they
+    say. 0 where the shipped weights have scored nothing.
+    """
+    folds, shipped = _read(folder, "fold*"), _read(folder, SHIPPED)
+    both = folds.keys() & shipped.keys()
+    if not both:
+        return np.zeros(len(FINDINGS))
+    return np.median([shipped[who]["logits"].max(axis=0) - folds[who]["logits"].max(axis=0) for who in both], axis=0)
+
+
+def _read(folder: Path, which: str) -> dict[tuple[str, str], dict[str, object]]:
+    """By source and patient."""
+    studies = {}
+    for path in sorted(folder.glob(f"{which}/*.npz")):
         with np.load(path) as file:
             fields = {name: file[name] for name in file.files}
         fields["source"], _, fields["patient"] = path.stem.rpartition("_")
         fields["study_truth"] = truth_of_study(fields["slice_truth"], fields.get("study_truth"))
         fields["logits"] = slice_logits(fields["slice"], fields["pooled"])
-        studies.append(fields)
+        studies[fields["source"], fields["patient"]] = fields
     return studies
 
 
@@ -107,7 +134,8 @@ def evaluate(folder: Path) -> dict[str, object]:
     return {
         "findings": list(FINDINGS),
         "scale": scales,
-        "threshold": thresholds,
+        "threshold": (np.array(thresholds) + shift(folder)).tolist(),
+        "threshold_of_folds": thresholds,
         "pooled_share": [POOLED_SHARE],
         "smoothing": list(SMOOTHING),
         "mask_offset": [MASK_OFFSETS[offset]],
@@ -168,7 +196,7 @@ def _patient_interval(scores: NDArray[np.floating], truth: NDArray[np.bool_]) ->
 
 def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case]:
     """Every study and every slice whose truth is known as a case; volumes and the worst ones' pictures from `data`."""
-    scale, threshold = np.array(calibration["scale"]), np.array(calibration["threshold"])
+    scale, threshold = np.array(calibration["scale"]), np.array(calibration["threshold_of_folds"])
     offset = MASK_OFFSETS.index(calibration["mask_offset"][0])
     studies = {(s["source"], s["patient"]): s for s in scored(folder)}
     out: list[Case] = []

@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from herald.errors import HeraldError
+
 MODELS = ("protocol", "hemorrhage")
 
 
@@ -17,4 +19,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except HeraldError as error:
+        sys.exit(str(error))

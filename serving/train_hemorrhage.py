@@ -3,8 +3,9 @@
     --prepare     read and cut every series once                          (.work/hemorrhage/prepared)
     --pretrain    learn from every set but CT-ICH                         (.work/hemorrhage/pretrained.weights.h5)
     --fold K ...  go on with CT-ICH without the patients of these folds, one model each, and score them
-    --all         go on with every patient of CT-ICH                      (serving/weights/hemorrhage.weights.h5)
-    --score K ... only score these folds, with their weights
+    --all         go on with every patient of CT-ICH, and score these     (serving/weights/hemorrhage.weights.h5)
+                  weights on what nobody learned from (--score-shipped: only that)
+    --score K ... only score these folds, with their weights, ours of --folds 3 where none were trained here
     --evaluate    pool the scores of the folds, calibrate, measure        (serving/weights/hemorrhage.json)
                   and report them with pictures, never to be committed    (--report, .work/hemorrhage/report.html)
     --sets A B    measure how well two sets can be told apart, and whether the detector's score does
@@ -27,6 +28,7 @@ from keras import ops
 from rich.console import Console
 from rich.progress import Progress as Bar
 
+from herald.errors import ConfigError
 from herald.signatures import CONTEXT_SLICES, FINDINGS
 from serving.crops import (
     ALL_SETS,
@@ -46,7 +48,7 @@ from serving.crops import (
 from serving.evaluation_report import check_report_path, report, write_report
 from serving.hemorrhage import WEIGHTS, build, load
 from serving.readers import UNKNOWN
-from serving.score_hemorrhage import cases, evaluate, score
+from serving.score_hemorrhage import SHIPPED, cases, evaluate, score
 from serving.set_identity import compare
 from serving.unfinished import UnfinishedRun
 
@@ -209,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--score", type=int, nargs="+", default=[], help="only score these folds")
     parser.add_argument("--folds", type=int, default=FOLDS, help="how many there are")
     parser.add_argument("--all", action="store_true", help="train on every patient and write the shipped weights")
+    kept = "only score the weights of all patients on what nobody learned from: it moves the threshold to their scale"
+    parser.add_argument("--score-shipped", action="store_true", help=kept)
     parser.add_argument("--evaluate", action="store_true", help="pool the folds' scores, calibrate, measure")
     told_apart = "measure how well two sets can be told apart, on patients that fold 0 keeps aside"
     parser.add_argument("--sets", nargs=2, metavar=("A", "B"), choices=("simulated", *ALL_SETS), help=told_apart)
@@ -226,11 +230,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the usual one")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
-    if not (args.prepare or args.pretrain or args.fold or args.score or args.all or args.evaluate or args.sets):
+    learns = args.prepare or args.pretrain or args.fold or args.score or args.all or args.score_shipped
+    if not (learns or args.evaluate or args.sets):
         parser.error("say what to do: --prepare, --pretrain, --fold K, --score K, --all, --evaluate or --sets A B")
     if wrong := [fold for fold in (*args.fold, *args.score) if not 0 <= fold < args.folds]:
         parser.error(f"there is no fold {wrong[0]} of {args.folds}; they count from 0")
-    if args.prepare or args.pretrain or args.fold or args.score or args.all:
+    if learns:
         shares = args.shares or (PRETRAINING if args.pretrain else SHARES)
         patients = [p for source in shares for p in load_patients(args.data, args.work / "prepared", source)]
     pretrained = args.work / "pretrained.weights.h5"
@@ -254,13 +259,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for fold in (*args.fold, *args.score):
         learned, aside = split(patients, fold, args.folds)
         scores = args.work / "scores" / f"fold{fold}"
-        score(args.weights or args.work / f"fold{fold}.weights.h5", aside, scores, f"scoring fold {fold}")
+        score(args.weights or _of_fold(args.work, fold, args.folds), aside, scores, f"scoring fold {fold}")
         run = {"fold": fold, "folds": args.folds, "learned_from": len(learned), "seed": args.seed + fold}
         (scores / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     if args.all:
         learned, _ = split(patients, None, args.folds)
         weights = args.weights or WEIGHTS
         train(learned, weights, args.steps or STEPS, args.seed + FOLDS, "all patients", start, args.rate, shares)
+    if args.all or args.score_shipped:
+        _, aside = split(patients, None, args.folds)
+        score(args.weights or WEIGHTS, aside, args.work / "scores" / SHIPPED, "scoring the weights of all patients")
     if args.sets:
         patients = [p for source in args.sets for p in load_patients(args.data, args.work / "prepared", source)]
         _, aside = split(patients, 0, args.folds)
@@ -278,6 +286,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         write_report(page, *report(cases(args.work / "scores", result, args.data), "Haemorrhage: evaluation", about))
         Console(stderr=True).print(f"figures by type and volume, with pictures: {page}")
+
+
+def _of_fold(work: Path, fold: int, folds: int) -> Path:
+    """Weights that never saw the patients of a fold: trained here, or else those that the card's figures come from."""
+    name = f"fold{fold}.weights.h5"
+    for path in (work / name, WEIGHTS.parent / f"of_{folds}_folds" / name):
+        if path.exists():
+            return path
+    raise ConfigError(f"no weights of fold {fold} of {folds} in {work}; train them: --folds {folds} --fold {fold}")
 
 
 def _shares(text: str) -> dict[str, float]:

@@ -553,7 +553,7 @@ def test_scores_of_the_detector_become_cases_with_volumes_and_pictures_where_the
     np.savez(tmp_path / "scores" / "fold0" / "ct-ich_049.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
              child=True, dice=np.full((7, 6), 0.5), outlined=slice_truth[:, 0] == 1,
              found=np.packbits(np.zeros((7, 6, 256, 256), bool), axis=-1))  # fmt: skip
-    calibration = {"scale": [1.0] * 5, "threshold": [0.5] * 5, "mask_offset": [0.0]}
+    calibration = {"scale": [1.0] * 5, "threshold_of_folds": [0.5] * 5, "mask_offset": [0.0]}
 
     without = score_hemorrhage.cases(tmp_path / "scores", calibration, tmp_path)
     assert all(c.picture is None and c.volume_ml is None and c.child for c in without)
@@ -583,7 +583,7 @@ def test_what_is_known_of_a_study_and_not_of_its_slices_counts_and_what_nobody_k
     (tmp_path / "fold0").mkdir()
     np.savez(tmp_path / "fold0" / "cq500_1.npz", slice=logits, pooled=logits, slice_truth=slice_truth, child=False,
              study_truth=study_truth, dice=np.zeros((7, 6)), outlined=np.zeros(6))  # fmt: skip
-    calibration = {"scale": [1.0] * 5, "threshold": [0.5] * 5, "mask_offset": [0.0]}
+    calibration = {"scale": [1.0] * 5, "threshold_of_folds": [0.5] * 5, "mask_offset": [0.0]}
     found = cases(tmp_path, calibration, tmp_path)
     assert {(c.task, c.truth, c.kinds) for c in found if c.unit == "study"} == {
         ("any bleeding", "bleeding", ("IPH",)),

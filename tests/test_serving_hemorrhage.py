@@ -393,6 +393,25 @@ def test_shares_that_cannot_be_read_are_named(shares, capsys):
     assert shares.partition("=")[0] in capsys.readouterr().err
 
 
+def test_a_fold_is_scored_with_weights_that_never_saw_its_patients_or_not_at_all(tmp_path, monkeypatch):
+    asked = []
+    ours, shipped = tmp_path / "work", tmp_path / "weights" / "of_3_folds"
+    ours.mkdir()
+    shipped.mkdir(parents=True)
+    monkeypatch.setattr("serving.train_hemorrhage.WEIGHTS", tmp_path / "weights" / "hemorrhage.weights.h5")
+    monkeypatch.setattr("serving.train_hemorrhage.load_patients", lambda data, work, source: [])
+    monkeypatch.setattr("serving.train_hemorrhage.score", lambda weights, aside, out, label: asked.append(weights) or
+                        out.mkdir(parents=True, exist_ok=True))  # fmt: skip
+    (shipped / "fold1.weights.h5").touch()
+    main(["--score", "1", "--folds", "3", "--work", str(ours)])
+    (ours / "fold1.weights.h5").touch()
+    main(["--score", "1", "--folds", "3", "--work", str(ours)])
+    assert asked == [shipped / "fold1.weights.h5", ours / "fold1.weights.h5"]
+    (ours / "fold1.weights.h5").unlink()
+    with pytest.raises(ConfigError, match=r"no weights of fold 1 of 5 .*--folds 5 --fold 1"):
+        main(["--score", "1", "--folds", "5", "--work", str(ours)])  # the shipped ones are of other folds
+
+
 def test_training_starts_from_given_weights_and_writes_them(tmp_path, monkeypatch):
     monkeypatch.setattr("serving.train_hemorrhage.SAVE_EVERY", 2)
     monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
@@ -491,6 +510,29 @@ def test_evaluation_calibrates_on_mixed_patients_and_reports_each_set_apart(tmp_
     assert "specificity" not in metrics["phe-sich"]["any"]
     assert metrics["ct-ich children"]["patients"] + metrics["ct-ich adults"]["patients"] == 20
     assert all(-3 < t < 2 for t in result["threshold"])
+
+
+def test_the_threshold_is_moved_to_the_scale_of_the_shipped_weights(tmp_path):
+    rng = np.random.default_rng(4)
+    for i in range(24):
+        slice_truth = np.zeros((9, 5), dtype=np.uint8)
+        slice_truth[3:6] = i % 2
+        logits = rng.normal(-3, 0.3, (9, 5)) + 5 * slice_truth
+        source = "ct-ich" if i < 12 else "simulated"
+        for folder, beyond in (("fold0", 0.0), ("shipped", -0.7)):
+            if folder == "fold0" or source == "simulated":
+                (tmp_path / folder).mkdir(exist_ok=True)
+                np.savez(tmp_path / folder / f"{source}_{i:03d}.npz", slice=logits + beyond, pooled=logits + beyond,
+                         slice_truth=slice_truth, child=False, dice=np.full((len(MASK_OFFSETS), 9), 0.5),
+                         outlined=slice_truth[:, 0])  # fmt: skip
+    (tmp_path / "fold0" / "run.json").write_text('{"folds": 3}')
+    result = evaluate(tmp_path)
+    np.testing.assert_allclose(np.subtract(result["threshold"], result["threshold_of_folds"]), -0.7)
+    assert result["metrics"]["simulated"]["patients"] == 12
+    assert result["metrics"]["simulated"]["any"]["specificity"][0] == 1.0
+    for file in (tmp_path / "shipped").iterdir():
+        file.unlink()
+    assert evaluate(tmp_path)["threshold"] == pytest.approx(result["threshold_of_folds"])
 
 
 def test_evaluation_without_scores_says_what_to_run(tmp_path):
