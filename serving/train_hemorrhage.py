@@ -235,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("say what to do: --prepare, --pretrain, --fold K, --score K, --all, --evaluate or --sets A B")
     if wrong := [fold for fold in (*args.fold, *args.score) if not 0 <= fold < args.folds]:
         parser.error(f"there is no fold {wrong[0]} of {args.folds}; they count from 0")
+    for fold in set(args.score) - set(args.fold) if args.weights is None else ():
+        _of_fold(args.work, fold, args.folds)  # complains before anything is prepared
     if learns:
         shares = args.shares or (PRETRAINING if args.pretrain else SHARES)
         patients = [p for source in shares for p in load_patients(args.data, args.work / "prepared", source)]
