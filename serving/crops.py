@@ -25,7 +25,7 @@ from herald.volume import Placement, detection_input, slabs
 from serving.drawn import Cavity, brighten_rim, cavity, draw_bleed, draw_calcification, move_bleed, widen_furrows
 from serving.phantom import draw_findings, simulate
 from serving.public_sets import PUBLIC_SETS
-from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere, truth_of_study
+from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere
 
 FOLDS = 5
 CROPS = 8  # crops of a step, of as many patients or places: neighbouring slices teach little that is new
@@ -103,7 +103,7 @@ def prepare(labelled: LabelledVolume) -> Prepared:
         unknown=np.packbits(truth == UNKNOWN, axis=-1, bitorder="little")[..., 0],
         depth=cavity(volume).depth,
     )
-    study_truth = truth_of_study(labelled.slice_truth, labelled.study_truth)
+    study_truth = anywhere(labelled.slice_truth) if labelled.study_truth is None else labelled.study_truth
     return Prepared(labelled.source, labelled.patient, slice_truth, study_truth, bool(labelled.child), lambda: pixels)
 
 
@@ -164,12 +164,11 @@ def load_patients(data: Path, work: Path, source: str) -> list[Prepared]:
 def _stored(path: Path) -> Prepared:
     """A patient of the cache: RSNA 2019 as a whole would fill 200 GB of memory with pixels."""
     with np.load(path) as file:
-        study_truth = truth_of_study(file["slice_truth"], file.get("study_truth"))  # older files have none
         return Prepared(
             str(file["source"]),
             str(file["patient"]),
             file["slice_truth"],
-            study_truth,
+            file["study_truth"],
             bool(file["child"]),
             partial(_pixels, path),
         )

@@ -51,7 +51,7 @@ class LabelledVolume:
 
     `truth` (D, H, W, C) uint8 holds 0, 1 or UNKNOWN for each voxel and finding, `slice_truth` (D, C) the same for each
     slice. `child` is None where the set does not say. `study_truth` (C,) is given where more is known of the whole
-    scan than of its slices, as that it bleeds somewhere; None where the slices tell all: see `truth_of_study`.
+    scan than of its slices, as that it bleeds somewhere; None where the slices tell all.
     """
 
     source: str
@@ -66,11 +66,6 @@ class LabelledVolume:
 def anywhere(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Truth of several slices (N, ...) as one: 1 outweighs UNKNOWN, and that 0."""
     return np.where((truth == 1).any(axis=0), 1, truth.max(axis=0)).astype(np.uint8)
-
-
-def truth_of_study(slice_truth: NDArray[np.uint8], given: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-    """Truth (C,) of a whole scan: as `given`, or else as its slices (D, C) tell."""
-    return anywhere(slice_truth) if given is None else given
 
 
 def voxel_truth(mask: NDArray[np.bool_], slice_truth: NDArray[np.uint8]) -> NDArray[np.uint8]:

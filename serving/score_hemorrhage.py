@@ -17,7 +17,7 @@ from serving.crops import ALL_SETS, CROSS_VALIDATED, Prepared, prepare, progress
 from serving.evaluation import bootstrap_interval, dice, operating_point, platt, wilson
 from serving.evaluation_report import Case, picture, worst_cases
 from serving.hemorrhage import build
-from serving.readers import UNKNOWN, LabelledVolume, truth_of_study
+from serving.readers import UNKNOWN, LabelledVolume
 
 TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse than an extra look ...
 LEAST_SPECIFICITY = 0.9  # ... but a reader who is paged for every fifth healthy patient stops looking
@@ -66,39 +66,28 @@ def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -
     return SMOOTHING[0] * padded[:-2] + SMOOTHING[1] * padded[1:-1] + SMOOTHING[2] * padded[2:]
 
 
-def scored(folder: Path) -> list[dict[str, object]]:
-    """What `score` wrote for each study of the folds in `folder`, with its `logits` (D, C).
+def scored(folder: Path) -> tuple[dict[tuple[str, str], dict[str, object]], NDArray[np.float64]]:
+    """What `score` wrote in `folder` by source and patient, with its `logits` (D, C), and the `shift` (C,) of scales.
 
-    Where the shipped weights scored a study as well, theirs is taken, on the scale of the folds (`shift`).
+    Thresholds come from the folds, whose models saw fewer patients. The shift is by how much the shipped weights'
+    logits of a study lie above theirs, as the median of studies that both scored; 0 where there are none. What the
+    shipped weights scored stands as they did, on the scale of the folds.
     """
     folds, shipped = _read(folder, "fold*"), _read(folder, SHIPPED)
-    beyond = shift(folder)
+    above = [s["logits"].max(axis=0) - folds[who]["logits"].max(axis=0) for who, s in shipped.items() if who in folds]
+    shift = np.median(above, axis=0) if above else np.zeros(len(FINDINGS))
     for study in shipped.values():
-        study["logits"] = study["logits"] - beyond
-    return list((folds | shipped).values())
-
-
-def shift(folder: Path) -> NDArray[np.float64]:
-    """By how much the shipped weights' logits of a study lie above those of the folds: median of studies of both, (C,).
-
-    Thresholds and figures come from the folds, whose models saw fewer patients and are less sure, or more, of what they
-    say. 0 where the shipped weights have scored nothing.
-    """
-    folds, shipped = _read(folder, "fold*"), _read(folder, SHIPPED)
-    both = folds.keys() & shipped.keys()
-    if not both:
-        return np.zeros(len(FINDINGS))
-    return np.median([shipped[who]["logits"].max(axis=0) - folds[who]["logits"].max(axis=0) for who in both], axis=0)
+        study["logits"] = study["logits"] - shift
+    return folds | shipped, shift
 
 
 def _read(folder: Path, which: str) -> dict[tuple[str, str], dict[str, object]]:
-    """By source and patient."""
     studies = {}
     for path in sorted(folder.glob(f"{which}/*.npz")):
         with np.load(path) as file:
             fields = {name: file[name] for name in file.files}
         fields["source"], _, fields["patient"] = path.stem.rpartition("_")
-        fields["study_truth"] = truth_of_study(fields["slice_truth"], fields.get("study_truth"))
+        fields["fold"] = path.parent.name
         fields["logits"] = slice_logits(fields["slice"], fields["pooled"])
         studies[fields["source"], fields["patient"]] = fields
     return studies
@@ -106,7 +95,8 @@ def _read(folder: Path, which: str) -> dict[tuple[str, str], dict[str, object]]:
 
 def evaluate(folder: Path) -> dict[str, object]:
     """Calibration and metrics from the scores of folds in `folder`; raises ConfigError where there are none."""
-    studies = scored(folder)
+    found, shift = scored(folder)
+    studies = list(found.values())
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fold*/run.json"))]
     mixed = [s for s in studies if s["source"] == CROSS_VALIDATED]
     if not mixed:
@@ -122,10 +112,12 @@ def evaluate(folder: Path) -> dict[str, object]:
         scales.append(float(np.clip(platt(slices, truth)[0], 0.5, 2.0)) if truth.any() else 1.0)
     offset = int(np.argmax(_outlined_dice(mixed).mean(axis=1)))
     metrics: dict[str, object] = {}
+    folds = sorted({s["fold"] for s in mixed})
     groups = {
         CROSS_VALIDATED: mixed,
         f"{CROSS_VALIDATED} adults": [s for s in mixed if not s["child"]],
         f"{CROSS_VALIDATED} children": [s for s in mixed if s["child"]],
+        **{f"{CROSS_VALIDATED} {fold}": [s for s in mixed if s["fold"] == fold] for fold in folds},
         **{source: [s for s in studies if s["source"] == source] for source in (*ALL_SETS, "simulated")},
     }
     for name, group in groups.items():
@@ -134,7 +126,7 @@ def evaluate(folder: Path) -> dict[str, object]:
     return {
         "findings": list(FINDINGS),
         "scale": scales,
-        "threshold": (np.array(thresholds) + shift(folder)).tolist(),
+        "threshold": (np.array(thresholds) + shift).tolist(),
         "threshold_of_folds": thresholds,
         "pooled_share": [POOLED_SHARE],
         "smoothing": list(SMOOTHING),
@@ -198,7 +190,7 @@ def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case
     """Every study and every slice whose truth is known as a case; volumes and the worst ones' pictures from `data`."""
     scale, threshold = np.array(calibration["scale"]), np.array(calibration["threshold_of_folds"])
     offset = MASK_OFFSETS.index(calibration["mask_offset"][0])
-    studies = {(s["source"], s["patient"]): s for s in scored(folder)}
+    studies, _ = scored(folder)
     out: list[Case] = []
     with progress() as bar:
         for (source, patient), s in bar.track(studies.items(), description="reading truth"):

@@ -230,14 +230,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the usual one")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args(argv)
-    learns = args.prepare or args.pretrain or args.fold or args.score or args.all or args.score_shipped
-    if not (learns or args.evaluate or args.sets):
+    wants_patients = args.prepare or args.pretrain or args.fold or args.score or args.all or args.score_shipped
+    if not (wants_patients or args.evaluate or args.sets):
         parser.error("say what to do: --prepare, --pretrain, --fold K, --score K, --all, --evaluate or --sets A B")
     if wrong := [fold for fold in (*args.fold, *args.score) if not 0 <= fold < args.folds]:
         parser.error(f"there is no fold {wrong[0]} of {args.folds}; they count from 0")
-    for fold in set(args.score) - set(args.fold) if args.weights is None else ():
-        _of_fold(args.work, fold, args.folds)  # complains before anything is prepared
-    if learns:
+    of_fold = {fold: args.weights or _of_fold(args.work, fold, args.folds) for fold in args.score}
+    of_fold |= {fold: args.work / _name(fold, args.folds) for fold in args.fold}
+    if wants_patients:
         shares = args.shares or (PRETRAINING if args.pretrain else SHARES)
         patients = [p for source in shares for p in load_patients(args.data, args.work / "prepared", source)]
     pretrained = args.work / "pretrained.weights.h5"
@@ -256,12 +256,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = args.start or (pretrained if pretrained.exists() else None)
     for fold in args.fold:
         learned, _ = split(patients, fold, args.folds)
-        train(learned, args.work / f"fold{fold}.weights.h5", args.steps or STEPS, args.seed + fold, f"fold {fold}",
-              start, args.rate, shares)  # fmt: skip
-    for fold in (*args.fold, *args.score):
+        train(learned, of_fold[fold], args.steps or STEPS, args.seed + fold, f"fold {fold}", start, args.rate, shares)
+    for fold, weights in of_fold.items():
         learned, aside = split(patients, fold, args.folds)
         scores = args.work / "scores" / f"fold{fold}"
-        score(args.weights or _of_fold(args.work, fold, args.folds), aside, scores, f"scoring fold {fold}")
+        score(weights, aside, scores, f"scoring fold {fold}")
         run = {"fold": fold, "folds": args.folds, "learned_from": len(learned), "seed": args.seed + fold}
         (scores / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     if args.all:
@@ -290,11 +289,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         Console(stderr=True).print(f"figures by type and volume, with pictures: {page}")
 
 
+def _name(fold: int, folds: int) -> Path:
+    """Fold 0 of three keeps other patients aside than fold 0 of five: their weights must not be mixed up."""
+    return Path(f"of_{folds}_folds", f"fold{fold}.weights.h5")
+
+
 def _of_fold(work: Path, fold: int, folds: int) -> Path:
     """Weights that never saw the patients of a fold: trained here, or else those that the card's figures come from."""
-    name = f"fold{fold}.weights.h5"
-    for path in (work / name, WEIGHTS.parent / f"of_{folds}_folds" / name):
-        if path.exists():
+    for root in (work, WEIGHTS.parent):
+        if (path := root / _name(fold, folds)).exists():
             return path
     raise ConfigError(f"no weights of fold {fold} of {folds} in {work}; train them: --folds {folds} --fold {fold}")
 

@@ -134,9 +134,12 @@ def test_reasons_keep_our_own_words_only(month: Month, disposition: str, reason:
 
 
 @pytest.mark.parametrize("damaged", [{"disposition": "positive"}, {"revision": "first"}, ["no", "event"], "none"])
-@pytest.mark.parametrize("disposition", ["positive", "failed"])
+@pytest.mark.parametrize(
+    ("disposition", "reason"),
+    [("positive", "ValidationError: the stored event cannot be read"), ("failed", "ValidationError")],
+)
 def test_a_stored_event_that_cannot_be_read_costs_its_details_and_no_other_row(
-    month: Month, caplog: pytest.LogCaptureFixture, damaged: Any, disposition: str
+    month: Month, caplog: pytest.LogCaptureFixture, damaged: Any, disposition: str, reason: str
 ) -> None:
     for i in (1, 2, 3):
         month.receive(i)
@@ -149,7 +152,7 @@ def test_a_stored_event_that_cannot_be_read_costs_its_details_and_no_other_row(
     assert (first.disposition, third.disposition) == (disposition, disposition)
     assert (second.study_instance_uid, second.series_instance_uid) == (study_of(2), series_of(2))
     assert (second.disposition, second.probability) == (disposition, 0.7)
-    assert second.reasons == ("the stored event cannot be read",)
+    assert second.reasons == (reason,)
     assert second.triaged_at is not None
     (record,) = caplog.records
     assert series_of(2) in record.getMessage()

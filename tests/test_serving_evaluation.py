@@ -551,8 +551,8 @@ def test_scores_of_the_detector_become_cases_with_volumes_and_pictures_where_the
     logits = np.where(slice_truth == 1, 3.0, -3.0)
     (tmp_path / "scores" / "fold0").mkdir(parents=True)
     np.savez(tmp_path / "scores" / "fold0" / "ct-ich_049.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
-             child=True, dice=np.full((7, 6), 0.5), outlined=slice_truth[:, 0] == 1,
-             found=np.packbits(np.zeros((7, 6, 256, 256), bool), axis=-1))  # fmt: skip
+             study_truth=truth.max(axis=(0, 1, 2)), child=True, dice=np.full((7, 6), 0.5),
+             outlined=slice_truth[:, 0] == 1, found=np.packbits(np.zeros((7, 6, 256, 256), bool), axis=-1))  # fmt: skip
     calibration = {"scale": [1.0] * 5, "threshold_of_folds": [0.5] * 5, "mask_offset": [0.0]}
 
     without = score_hemorrhage.cases(tmp_path / "scores", calibration, tmp_path)

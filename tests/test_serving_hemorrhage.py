@@ -325,7 +325,7 @@ def test_a_patient_known_to_bleed_but_not_where_is_dealt_out_as_one_and_never_le
     np.testing.assert_array_equal(stored.study_truth, study_truth)
     assert bleeds(stored)
     healthy = [patient(f"h{i}", None, "site") for i in range(FOLDS)]
-    assert sorted(fold_of([*healthy, stored]).values()) == sorted([*range(FOLDS), 0])  # a group of its own
+    assert fold_of([healthy[0], stored, *healthy[1:]])["site", "x"] == 0  # the first of those that bleed
     sampler = Sampler([stored, *healthy], 1, {"site": 1.0})
     for index in range(4):
         *_, slice_truth = sampler.batch(index)
@@ -337,6 +337,9 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypa
     monkeypatch.setattr("serving.train_hemorrhage.build", lambda slices=None: build(SMALL, slices))
     monkeypatch.setattr("serving.train_hemorrhage.SAVE_EVERY", 1)
     monkeypatch.setattr("serving.crops.CROPS", 1)
+    # in float32, where the order in which threads add up matters little
+    monkeypatch.setattr("keras.mixed_precision.set_global_policy", lambda policy: None)
+    keras.utils.set_random_seed(0)
     patients = [patient("a", 1), patient("c", None)]
     build(SMALL).save_weights(tmp_path / "first.weights.h5")
     start = tmp_path / "first.weights.h5"
@@ -369,8 +372,8 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_weights(tmp_path, monkeypa
         kernels.append(np.concatenate([v.numpy().ravel() for v in model.trainable_variables]))
     first, whole, cut = kernels
     moved = np.abs(whole - first).mean()
-    assert moved > 1e-4
-    assert np.abs(cut - whole).mean() < 0.2 * moved  # threads add up in any order
+    assert moved > 1e-5
+    assert np.abs(cut - whole).mean() < 0.2 * moved
 
 
 def test_a_state_of_another_recipe_is_neither_gone_on_with_nor_lost(tmp_path):
@@ -395,21 +398,21 @@ def test_shares_that_cannot_be_read_are_named(shares, capsys):
 
 def test_a_fold_is_scored_with_weights_that_never_saw_its_patients_or_not_at_all(tmp_path, monkeypatch):
     asked = []
-    ours, shipped = tmp_path / "work", tmp_path / "weights" / "of_3_folds"
-    ours.mkdir()
+    work = tmp_path / "work"
+    ours, shipped = work / "of_3_folds", tmp_path / "weights" / "of_3_folds"
+    ours.mkdir(parents=True)
     shipped.mkdir(parents=True)
     monkeypatch.setattr("serving.train_hemorrhage.WEIGHTS", tmp_path / "weights" / "hemorrhage.weights.h5")
     monkeypatch.setattr("serving.train_hemorrhage.load_patients", lambda data, work, source: [])
     monkeypatch.setattr("serving.train_hemorrhage.score", lambda weights, aside, out, label: asked.append(weights) or
                         out.mkdir(parents=True, exist_ok=True))  # fmt: skip
     (shipped / "fold1.weights.h5").touch()
-    main(["--score", "1", "--folds", "3", "--work", str(ours)])
+    main(["--score", "1", "--folds", "3", "--work", str(work)])
     (ours / "fold1.weights.h5").touch()
-    main(["--score", "1", "--folds", "3", "--work", str(ours)])
+    main(["--score", "1", "--folds", "3", "--work", str(work)])
     assert asked == [shipped / "fold1.weights.h5", ours / "fold1.weights.h5"]
-    (ours / "fold1.weights.h5").unlink()
     with pytest.raises(ConfigError, match=r"no weights of fold 1 of 5 .*--folds 5 --fold 1"):
-        main(["--score", "1", "--folds", "5", "--work", str(ours)])  # the shipped ones are of other folds
+        main(["--score", "1", "--folds", "5", "--work", str(work)])  # both are of other folds
 
 
 def test_training_starts_from_given_weights_and_writes_them(tmp_path, monkeypatch):
@@ -485,7 +488,8 @@ def test_evaluation_calibrates_on_mixed_patients_and_reports_each_set_apart(tmp_
         (folder / "run.json").write_text('{"folds": 5}')
         overlaps = np.linspace(0.1, 0.7, len(MASK_OFFSETS))[:, None] * np.ones(9)
         np.savez(folder / f"{source}_{i:03d}.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
-                 child=i % 4 == 0, dice=overlaps, outlined=slice_truth[:, 0])  # fmt: skip
+                 study_truth=slice_truth.max(axis=0), child=i % 4 == 0, dice=overlaps,
+                 outlined=slice_truth[:, 0])  # fmt: skip
     for i in range(5):  # of these it is known whether they bleed, and of the last not even that
         slice_truth = np.full((9, 5), 0 if i < 2 else UNKNOWN, dtype=np.uint8)
         study_truth = np.full(5, (0, 0, 1, 1, UNKNOWN)[i], dtype=np.uint8)
@@ -508,6 +512,7 @@ def test_evaluation_calibrates_on_mixed_patients_and_reports_each_set_apart(tmp_
     assert result["obtained"].endswith("2 of 5 folds")
     assert metrics["phe-sich"] == metrics["phe-sich"] | {"patients": 4}
     assert "specificity" not in metrics["phe-sich"]["any"]
+    assert [metrics[f"ct-ich fold{fold}"]["patients"] for fold in (0, 1)] == [10, 10]
     assert metrics["ct-ich children"]["patients"] + metrics["ct-ich adults"]["patients"] == 20
     assert all(-3 < t < 2 for t in result["threshold"])
 
@@ -523,7 +528,8 @@ def test_the_threshold_is_moved_to_the_scale_of_the_shipped_weights(tmp_path):
             if folder == "fold0" or source == "simulated":
                 (tmp_path / folder).mkdir(exist_ok=True)
                 np.savez(tmp_path / folder / f"{source}_{i:03d}.npz", slice=logits + beyond, pooled=logits + beyond,
-                         slice_truth=slice_truth, child=False, dice=np.full((len(MASK_OFFSETS), 9), 0.5),
+                         slice_truth=slice_truth, study_truth=slice_truth.max(axis=0), child=False,
+                         dice=np.full((len(MASK_OFFSETS), 9), 0.5),
                          outlined=slice_truth[:, 0])  # fmt: skip
     (tmp_path / "fold0" / "run.json").write_text('{"folds": 3}')
     result = evaluate(tmp_path)

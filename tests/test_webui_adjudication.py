@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,12 +15,6 @@ from herald.events import SeriesTriaged, utc_now
 from herald.ledger import adjudications, audit, labels
 from herald.validation.collect import collect
 from webui import adjudication, record
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with open_site(tmp_path) as site:
-        yield site
 
 
 def label(site: Site, event: SeriesTriaged, haemorrhage: bool, source: str, kind: str = "label") -> None:

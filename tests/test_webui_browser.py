@@ -11,6 +11,7 @@ from webui_browser import (
     LAPTOP,
     PHONE,
     UNNAMED,
+    collect_complaints,
     fits,
     log_in,
     open_page,
@@ -201,9 +202,7 @@ def open_worklist(chromium, site, viewport=DESKTOP, script: str = ""):
     context = chromium.new_context(viewport=viewport, base_url=site.config.webui.public_url)
     context.add_init_script(script)
     page = context.new_page()
-    page.complaints = []
-    page.on("console", lambda said: page.complaints.append(said.text) if said.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    collect_complaints(page)
     page.goto("/")
     with page.expect_response("**/worklist/events"), page.expect_response("**/worklist/rows"):
         log_in(page)

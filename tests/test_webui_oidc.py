@@ -14,6 +14,7 @@ import requests
 from joserfc.jwk import OctKey, RSAKey
 from oidc_provider import CLIENT_ID, CLIENT_SECRET, OTHER_KEY, SIGNING_KEY, Provider, running_provider
 from sqlalchemy import select
+from webui_browser import DESKTOP, open_page
 from webui_site import PASSWORD, open_site, served
 
 from herald.config import LedgerConfig
@@ -609,25 +610,21 @@ def test_the_provider_of_these_tests_refuses_what_a_real_one_refuses(provider):
 
 
 def test_a_reader_logs_in_by_the_provider_in_a_browser_looks_and_logs_out(chromium, tmp_path, provider):
-    sync_api = pytest.importorskip("playwright.sync_api")
     pictures = Path(os.environ.get("HERALD_TEST_SCREENSHOTS", tmp_path / "screenshots"))
     pictures.mkdir(parents=True, exist_ok=True)
     with open_site(tmp_path, **settings(provider)) as site, served(site) as running:
         event = site.add(1)
-        page = chromium.new_context(viewport={"width": 1366, "height": 900}).new_page()
-        complaints = []
-        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
-        page.goto(f"{running.config.webui.public_url}/?search={event.accession_number}")
+        page = open_page(chromium, running, DESKTOP, f"/?search={event.accession_number}")
         page.screenshot(path=pictures / "oidc-log-in.png")
         page.get_by_role("link", name="Log in with 127.0.0.1").click()
         page.get_by_role("button", name="Allow").click()
         page.wait_for_url("**/?search=*")  # where the reader wanted to go
-        sync_api.expect(page.get_by_text("olga")).to_be_visible()
+        page.get_by_text("olga").wait_for()
         page.get_by_role("link", name=event.accession_number).click()
         page.wait_for_url("**/series/**")
         page.get_by_role("button", name="Log out").click()
         page.get_by_text("You are logged out.").wait_for()
-        assert complaints == []
+        assert page.complaints == []
         provider.person["groups"] = ["another"]
         page.get_by_role("link", name="Log in with 127.0.0.1").click()
         page.get_by_role("button", name="Allow").click()

@@ -28,12 +28,6 @@ from webui.operations import CONDITION, masked
 from webui.parts import Parts
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with open_site(tmp_path) as site:
-        yield site
-
-
 def add_page(site: Site, number: int, state: str = "exhausted", step: int = 0, **changes: Any) -> None:
     """A page for the study of `site.add(number)`, twenty minutes old."""
     then = utc_now() - timedelta(minutes=20)

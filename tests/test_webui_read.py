@@ -18,18 +18,6 @@ TELLING = ("Positive", "Negative", "93 %", "agreed", "disagreed", "mask=1", "Her
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with open_site(tmp_path) as site:
-        yield site
-
-
-@pytest.fixture
-def shadow(tmp_path: Path) -> Iterator[Site]:
-    with open_site(tmp_path, mode="shadow") as site:
-        yield site
-
-
-@pytest.fixture
 def drawn(tmp_path: Path) -> Iterator[Site]:
     """Live, and every series is read blind."""
     with open_site(tmp_path, blind_fraction=1.0) as site:

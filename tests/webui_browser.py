@@ -15,6 +15,12 @@ PHONE = {"width": 360, "height": 740}
 def open_page(chromium: Any, site: Site, viewport: dict[str, int], path: str = "/", **options: Any) -> Any:
     """A page in a context of its own that collects what the browser complains about."""
     page = chromium.new_context(viewport=viewport, base_url=site.config.webui.public_url, **options).new_page()
+    collect_complaints(page)
+    page.goto(path)
+    return page
+
+
+def collect_complaints(page: Any) -> None:
     page.complaints = []
 
     def listen(said: Any) -> None:
@@ -24,8 +30,6 @@ def open_page(chromium: Any, site: Site, viewport: dict[str, int], path: str = "
 
     page.on("console", listen)
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.goto(path)
-    return page
 
 
 def log_in(page: Any, name: str = "rita") -> None:

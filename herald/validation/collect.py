@@ -25,10 +25,6 @@ log = logging.getLogger(__name__)
 
 VERDICTS = ("agree", "disagree", "unsure")
 OPEN_PAGES = ("due", "sent")
-RESULT_COLUMNS = (
-    "study_instance_uid", "series_instance_uid", "revision", "accession_number", "scanner", "disposition", "uncertain"
-)  # fmt: skip
-UNREADABLE = "the stored event cannot be read"
 
 AT_ONCE = 500
 """Series of which the tables are asked at a time: few enough for a statement, enough to ask seldom."""
@@ -234,7 +230,9 @@ def _event(received: Any, decided: Any) -> SeriesTriaged:
                 decided["revision"],
                 error,
             )
-            return SeriesTriaged(reasons=(UNREADABLE,), **{name: decided[name] for name in RESULT_COLUMNS})
+            columns = ("study_instance_uid", "series_instance_uid", "revision", "accession_number", "scanner")
+            told: dict[str, Any] = {name: decided[name] for name in (*columns, "disposition", "uncertain")}
+            return SeriesTriaged(reasons=(f"{type(error).__name__}: the stored event cannot be read",), **told)
     same = ("study_instance_uid", "series_instance_uid", "revision", "accession_number", "modality", "scanner")
     when = ("calling_ae_title", "instance_count", "first_image_at", "last_image_at")
     known: dict[str, Any] = {name: received[name] for name in same + when}
@@ -266,7 +264,7 @@ def _given(rows: Iterable[Any]) -> Iterator[GivenLabel]:
 
 def _own_words(reason: str, disposition: str) -> str:
     """A reason without what other libraries or headers may have put into it."""
-    if disposition == "failed" and reason != UNREADABLE:
+    if disposition == "failed":
         named = _ERROR_CLASS.match(reason)
         return named.group() if named else "error"
     if reason.startswith("incomplete:"):
