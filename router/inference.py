@@ -42,8 +42,9 @@ with without_tensorflow():
 MAX_SLICES = 64
 """Most slices that one haemorrhage request answers for; a longer study goes in runs, so that messages stay bounded."""
 
-MARGIN = CONTEXT_SLICES // 2
-"""Slices of context that a run carries on either side, so that its answer equals that of the whole study."""
+MARGIN = CONTEXT_SLICES // 2 + 1
+"""Slices that a run carries on either side, so that its answer equals that of the whole study: the context of a slice,
+and one more, since the model smooths the answers of neighbours."""
 
 BUSY = frozenset(
     {
@@ -141,7 +142,7 @@ class InferenceClient:
         """Haemorrhage in `volume` (D, 256, 256) int16 Hounsfield units.
 
         A study of more than `max_slices` goes out in overlapping runs that are stitched together; its probability is
-        the highest of its runs. Raises ServingUnavailable (retriable) or ServingError.
+        the highest of its slices. Raises ServingUnavailable (retriable) or ServingError.
         """
         masks, slices, studies, versions = [], [], [], []
         for first, last in runs(len(volume), self._max_slices):
@@ -154,8 +155,9 @@ class InferenceClient:
             versions.append(version)
         if len(masks) == 1:
             return HemorrhagePrediction(masks[0], slices[0], studies[0], versions[0])
+        stitched = np.concatenate(slices)
         return HemorrhagePrediction(
-            np.concatenate(masks), np.concatenate(slices), np.max(studies, axis=0), ", ".join(dict.fromkeys(versions))
+            np.concatenate(masks), stitched, stitched.max(axis=0), ", ".join(dict.fromkeys(versions))
         )
 
     def check(self) -> dict[str, ServedModel]:

@@ -283,7 +283,8 @@ class Sampler:
         donor = self.donors[rng.integers(len(self.donors))]
         around = _around(donor, round(height * len(donor.slice_truth)) - int(rng.integers(OUTPUT_SLICES)))
         pixels = donor.pixels
-        return move_bleed(rng, volume, inside, pixels.volume[around].astype(np.float32), pixels.positive[around])
+        blood = pixels.volume[around].astype(np.float32)
+        return move_bleed(rng, volume, inside, blood, pixels.positive[around], pixels.unknown[around])
 
     def batch(self, index: int) -> tuple[NDArray[np.generic], ...]:
         """The crops of one step, stacked; the same for the same seed and index."""

@@ -84,11 +84,17 @@ def draw_bleed(
 
 
 def move_bleed(
-    rng: np.random.Generator, volume: Float, inside: Cavity, donor: Float, positive: NDArray[np.uint8]
+    rng: np.random.Generator,
+    volume: Float,
+    inside: Cavity,
+    donor: Float,
+    positive: NDArray[np.uint8],
+    unknown: NDArray[np.uint8],
 ) -> tuple[Float, NDArray[np.uint8], NDArray[np.uint8]] | None:
-    """The blood of another patient's crop `donor` with its `positive` bits, laid at the same place of this one.
+    """The blood of another patient's crop `donor` with its bits, laid at the same place of this one.
 
-    Shapes (D, H, W); what would lie outside the cranial cavity is left out. Returns as `draw_bleed`.
+    Shapes (D, H, W); what would lie outside the cranial cavity is left out. Returns as `draw_bleed`; a kind that is
+    `unknown` of the blood stays doubtful in its slice.
     """
     blood = (positive & 1) > 0
     weight = _soft(blood, rng) * _replaceable(volume, inside)
@@ -97,7 +103,8 @@ def move_bleed(
         return None
     out = volume * (1 - weight) + donor * weight
     bits = np.where(kept, np.where(blood, positive, 1), 0).astype(np.uint8)
-    return out, bits, _doubtful(kept, np.bitwise_or.reduce(bits, axis=None))
+    doubtful = np.bitwise_or.reduce(np.where(kept & blood, unknown, 0), axis=(1, 2))
+    return out, bits, _doubtful(kept, np.bitwise_or.reduce(bits, axis=None)) | doubtful
 
 
 def draw_calcification(rng: np.random.Generator, volume: Float, inside: Cavity) -> Float:

@@ -7,7 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from herald.discrimination import Scores, Truth, auc, z_of
+from herald.discrimination import Scores, Truth, auc, delong_interval, newcombe_auc_interval, z_of
+
+FEW = 3
+"""Patients of a class below which neither DeLong's variance nor the bootstrap tells anything."""
 
 
 def wilson(successes: float, n: float, level: float = 0.95) -> list[float]:
@@ -126,6 +129,24 @@ def bootstrap_interval(
             values.append(value)
     low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
+
+
+def auc_interval(scores: Scores, truth: Truth, owner: NDArray[np.integer]) -> tuple[float, float, str]:
+    """Lower and upper end of the 95 % interval of the AUC of `scores` (N,), and the method it is from.
+
+    DeLong's; whole patients are drawn where `owner` (N,) has several scores of one. Where a class has fewer than FEW
+    patients, or all are told apart, neither says anything, and the numbers alone do (Newcombe 2006).
+    """
+    positive, negative = len(np.unique(owner[truth])), len(np.unique(owner[~truth]))
+    low = high = float("nan")
+    if min(positive, negative) >= FEW:
+        if len(np.unique(owner)) < len(owner):
+            method, (low, high) = "bootstrap over patients", bootstrap_interval(scores, truth, owner)
+        else:
+            method, (low, high) = "DeLong", delong_interval(scores, truth)
+    if not low < high:
+        method, (low, high) = "Newcombe", newcombe_auc_interval(auc(scores, truth), positive, negative)
+    return low, high, method
 
 
 def sensitivity_threshold(scores: Scores, truth: Truth, sensitivity: float) -> float:

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage, stats
 
-from herald.discrimination import auc, delong_difference, delong_interval, newcombe_auc_interval
+from herald.discrimination import auc, delong_difference
 from herald.errors import ConfigError
 from serving.evaluation import (
+    FEW,
+    auc_interval,
     bootstrap_interval,
     calibration_curve,
     clustered_share,
@@ -35,9 +37,6 @@ PREVALENCES = (0.05, 0.15, 0.4)
 """From a ward where few bleed to a stroke unit; what a site has is for the site to say."""
 
 WORST = 20
-FEW = 3
-"""Patients of a class below which neither DeLong's variance nor the bootstrap tells anything."""
-
 VOLUMES_ML = ((0.0, "under 1 ml"), (1.0, "1 to 5 ml"), (5.0, "5 to 30 ml"), (30.0, "30 ml and more"))
 THICKNESSES_MM = ((0.0, "under 1.5 mm"), (1.5, "1.5 to 3 mm"), (3.0, "3 to 6 mm"), (6.0, "6 mm and more"))
 
@@ -350,18 +349,8 @@ def _share(hits: NDArray[np.bool_], owner: NDArray[np.intp]) -> Json:
 
 
 def _auc(score: NDArray[np.floating], truth: NDArray[np.bool_], owner: NDArray[np.intp]) -> Json:
-    """DeLong; patients are drawn where they have several cases; numbers alone where neither can say anything."""
-    area = auc(score, truth)
-    bleeding, clean = len(np.unique(owner[truth])), len(np.unique(owner[~truth]))
-    low = high = float("nan")
-    if min(bleeding, clean) >= FEW:
-        if len(np.unique(owner)) < len(owner):
-            method, (low, high) = "bootstrap over patients", bootstrap_interval(score, truth, owner)
-        else:
-            method, (low, high) = "DeLong", delong_interval(score, truth)
-    if not low < high:
-        method, (low, high) = "Newcombe", newcombe_auc_interval(area, bleeding, clean)
-    return _interval((area, low, high), method)
+    low, high, method = auc_interval(score, truth, owner)
+    return _interval((auc(score, truth), low, high), method)
 
 
 def _mean(values: NDArray[np.floating], owner: NDArray[np.intp]) -> Json | None:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from herald.discrimination import auc, newcombe_auc_interval
+from herald.discrimination import auc
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
 from serving.crops import ALL_SETS, CROSS_VALIDATED, Prepared, prepare, progress, read_labelled
-from serving.evaluation import bootstrap_interval, dice, operating_point, platt, wilson
+from serving.evaluation import auc_interval, dice, operating_point, platt, wilson
 from serving.evaluation_report import Case, picture, worst_cases
 from serving.hemorrhage import build
 from serving.readers import UNKNOWN, LabelledVolume
@@ -40,6 +40,8 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
     model = build()
     model.load_weights(weights)
     out.mkdir(parents=True, exist_ok=True)
+    for former in out.glob("*.npz"):  # of other weights, or of who was kept aside then
+        former.unlink()
     with progress() as bar:
         for p in bar.track(patients, description=label):
             pixels = p.pixels
@@ -81,6 +83,14 @@ def scored(folder: Path) -> tuple[dict[tuple[str, str], dict[str, object]], NDAr
     return folds | shipped, shift
 
 
+def served(
+    logits: NDArray[np.float64], scale: NDArray[np.float64], threshold: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Logits (D, C) as they are served: calibrated, 0 at the operating point, and no kind likelier than `any`."""
+    calibrated = scale * (logits - threshold)
+    return np.minimum(calibrated, calibrated[:, :1])
+
+
 def _read(folder: Path, which: str) -> dict[tuple[str, str], dict[str, object]]:
     studies = {}
     for path in sorted(folder.glob(f"{which}/*.npz")):
@@ -89,15 +99,22 @@ def _read(folder: Path, which: str) -> dict[tuple[str, str], dict[str, object]]:
         fields["source"], _, fields["patient"] = path.stem.rpartition("_")
         fields["fold"] = path.parent.name
         fields["logits"] = slice_logits(fields["slice"], fields["pooled"])
-        studies[fields["source"], fields["patient"]] = fields
+        if (who := (fields["source"], fields["patient"])) in studies:
+            raise ConfigError(f"{' '.join(who)} was scored by {studies[who]['fold']} and {fields['fold']}; remove one")
+        studies[who] = fields
     return studies
 
 
 def evaluate(folder: Path) -> dict[str, object]:
-    """Calibration and metrics from the scores of folds in `folder`; raises ConfigError where there are none."""
+    """Calibration and metrics from the scores of folds in `folder`.
+
+    Raises ConfigError where there are none, or where some patients may have been scored by a model that saw them.
+    """
     found, shift = scored(folder)
     studies = list(found.values())
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("fold*/run.json"))]
+    if len(dealt := {run["folds"] for run in runs}) > 1:
+        raise ConfigError(f"{folder} has scores of {' and of '.join(map(str, sorted(dealt)))} folds; remove the others")
     mixed = [s for s in studies if s["source"] == CROSS_VALIDATED]
     if not mixed:
         raise ConfigError(f"no scores of {CROSS_VALIDATED} in {folder}; run --fold 0, --fold 1 and --fold 2 first")
@@ -111,6 +128,8 @@ def evaluate(folder: Path) -> dict[str, object]:
         thresholds.append(operating_point(study_score, study_truth, TARGET_SENSITIVITY, LEAST_SPECIFICITY))
         scales.append(float(np.clip(platt(slices, truth)[0], 0.5, 2.0)) if truth.any() else 1.0)
     offset = int(np.argmax(_outlined_dice(mixed).mean(axis=1)))
+    for s in studies:
+        s["served"] = served(s["logits"], np.array(scales), np.array(thresholds))
     metrics: dict[str, object] = {}
     folds = sorted({s["fold"] for s in mixed})
     groups = {
@@ -122,7 +141,7 @@ def evaluate(folder: Path) -> dict[str, object]:
     }
     for name, group in groups.items():
         if group:
-            metrics[name] = _metrics(group, thresholds, offset)
+            metrics[name] = _metrics(group, offset)
     return {
         "findings": list(FINDINGS),
         "scale": scales,
@@ -132,36 +151,34 @@ def evaluate(folder: Path) -> dict[str, object]:
         "smoothing": list(SMOOTHING),
         "mask_offset": [MASK_OFFSETS[offset]],
         "target_sensitivity": TARGET_SENSITIVITY,
-        "obtained": f"patients kept aside from training, {len(runs)} of {runs[0].get('folds', len(runs))} folds",
+        "obtained": f"patients kept aside from training, {len(runs)} of {runs[0]['folds']} folds",
         "runs": runs,
         "metrics": metrics,
     }
 
 
-def _metrics(
-    studies: Sequence[dict[str, NDArray[np.generic]]], thresholds: Sequence[float], offset: int
-) -> dict[str, object]:
+def _metrics(studies: Sequence[dict[str, NDArray[np.generic]]], offset: int) -> dict[str, object]:
     out: dict[str, object] = {"patients": len(studies)}
     for c, finding in enumerate(FINDINGS):
         said = [s for s in studies if s["study_truth"][c] != UNKNOWN]
-        score_ = np.array([s["logits"][:, c].max() for s in said])
+        score_ = np.array([s["served"][:, c].max() for s in said])
         truth = np.array([s["study_truth"][c] == 1 for s in said])
         if not truth.any():
             continue
-        found = score_ >= thresholds[c]
+        found = score_ >= 0
         row: dict[str, object] = {
             "positive": int(truth.sum()),
             "sensitivity": wilson(int((found & truth).sum()), int(truth.sum())),
         }
         if not truth.all():
             row["specificity"] = wilson(int((~found & ~truth).sum()), int((~truth).sum()))
-            row["patient_auc"] = [auc(score_, truth), *_patient_interval(score_, truth)]
+            row["patient_auc"] = [auc(score_, truth), *auc_interval(score_, truth, np.arange(len(truth)))[:2]]
         known = [s["slice_truth"][:, c] != UNKNOWN for s in studies]
-        slices = np.concatenate([s["logits"][k, c] for s, k in zip(studies, known, strict=True)])
+        slices = np.concatenate([s["served"][k, c] for s, k in zip(studies, known, strict=True)])
         slice_truth = np.concatenate([s["slice_truth"][k, c] == 1 for s, k in zip(studies, known, strict=True)])
         owner = np.concatenate([np.full(k.sum(), i) for i, k in enumerate(known)])
         if slice_truth.any() and not slice_truth.all():
-            row["slice_auc"] = [auc(slices, slice_truth), *bootstrap_interval(slices, slice_truth, owner)]
+            row["slice_auc"] = [auc(slices, slice_truth), *auc_interval(slices, slice_truth, owner)[:2]]
             row["slices"] = len(slices)
         out[finding] = row
     overlaps = _outlined_dice(studies)[offset]
@@ -178,14 +195,6 @@ def _outlined_dice(studies: Sequence[dict[str, NDArray[np.generic]]]) -> NDArray
 TASKS = ("any bleeding", *(finding.upper().replace("_", "/") for finding in FINDINGS[1:]))
 
 
-def _patient_interval(scores: NDArray[np.floating], truth: NDArray[np.bool_]) -> tuple[float, float]:
-    """Bootstrap over patients; where they are told apart perfectly every resample is, and the numbers alone tell."""
-    low, high = bootstrap_interval(scores, truth)
-    if low == high:
-        return newcombe_auc_interval(auc(scores, truth), int(truth.sum()), int((~truth).sum()))
-    return low, high
-
-
 def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case]:
     """Every study and every slice whose truth is known as a case; volumes and the worst ones' pictures from `data`."""
     scale, threshold = np.array(calibration["scale"]), np.array(calibration["threshold_of_folds"])
@@ -195,7 +204,7 @@ def cases(folder: Path, calibration: dict[str, object], data: Path) -> list[Case
     with progress() as bar:
         for (source, patient), s in bar.track(studies.items(), description="reading truth"):
             labelled = read_labelled(data, source, patient)
-            out += _cases_of(s, expit(scale * (s["logits"] - threshold)), labelled, offset)
+            out += _cases_of(s, expit(served(s["logits"], scale, threshold)), labelled, offset)
         pictured: dict[int, Case] = {}
         for source in {case.source for case in out}:
             worst = worst_cases(case for case in out if case.source == source)

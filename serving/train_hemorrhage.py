@@ -41,6 +41,7 @@ from serving.crops import (
     Sampler,
     Tensor,
     augment,
+    identity,
     load_patients,
     progress,
     split,
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         patients = [p for source in shares for p in load_patients(args.data, args.work / "prepared", source)]
     pretrained = args.work / "pretrained.weights.h5"
     if args.pretrain:
-        learned = [p for p in split(patients, None, args.folds)[0] if p.source != CROSS_VALIDATED]
+        learned = [p for p in split(patients, None, args.folds)[0] if identity(p)[0] != CROSS_VALIDATED]
         train(
             learned,
             pretrained,
@@ -273,7 +274,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sets:
         patients = [p for source in args.sets for p in load_patients(args.data, args.work / "prepared", source)]
         _, aside = split(patients, 0, args.folds)
-        Console().print_json(json.dumps(compare(load(args.weights or WEIGHTS), aside, *args.sets)))
+        weights = args.weights or _of_fold(
+            args.work, 0, args.folds
+        )  # the shipped ones have seen whom fold 0 keeps aside
+        Console().print_json(json.dumps(compare(load(weights), aside, *args.sets)))
     if args.evaluate:
         page = args.report or args.work / "report.html"
         check_report_path(page)

@@ -19,6 +19,9 @@ from serving.hemorrhage import MODEL_WINDOWS
 
 Forward = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
+TOP = 6.0
+"""What the upper end of a window becomes: relu6 is the clip that OpenVINO does within a convolution."""
+
 
 def forward(model: keras.Model) -> Forward:
     """The model of `serving.hemorrhage.build` as a function of (D + 4, 256, 256) Hounsfield units, float32.
@@ -31,7 +34,7 @@ def forward(model: keras.Model) -> Forward:
     for level in range(1, CONTEXT_SLICES):
         blocks = [f"down{level}_block{block}" for block in range(len(names))]
         residual = [_Convolution(model, name) for name in blocks if f"{name}_conv" in names]
-        downs.append((_Convolution(model, f"down{level}"), residual))
+        downs.append((_Convolution(model, f"down{level}", TOP if level == 1 else 1.0), residual))
     ups = [
         (
             _transposed(model, f"up{level}"),
@@ -43,14 +46,13 @@ def forward(model: keras.Model) -> Forward:
     ]
     mask_kernel, mask_bias = _spread(*(np.asarray(w) for w in model.get_layer("mask_transpose").get_weights()))
     dense, dense_bias = (np.asarray(w) for w in model.get_layer("slice_logits").get_weights())
-    scale = np.array([1.0 / w.width for w in MODEL_WINDOWS], np.float32)[None, None, None]
-    offset = np.array([0.5 - w.center / w.width for w in MODEL_WINDOWS], np.float32)
+    scale = np.array([TOP / w.width for w in MODEL_WINDOWS], np.float32)[None, None, None]
+    offset = np.array([TOP * (0.5 - w.center / w.width) for w in MODEL_WINDOWS], np.float32)
     classes = dense.shape[1]
     top_mean = model.get_layer("pooled_logits")
 
     def run(volume: tf.Tensor) -> dict[str, tf.Tensor]:
-        x = tf.nn.conv2d(volume[..., None], scale, 1, "VALID") + offset  # a multiplication that runtimes do fast
-        x = tf.clip_by_value(x, 0.0, 1.0)  # (D + 4, H, W, 3)
+        x = tf.nn.relu6(tf.nn.conv2d(volume[..., None], scale, 1, "VALID") + offset)  # (D + 4, H, W, 3)
         skips = [x]
         for down, blocks in downs:
             x = tf.nn.relu(down(x, stride=2))
@@ -76,12 +78,12 @@ def forward(model: keras.Model) -> Forward:
 
 
 class _Convolution:
-    """A convolution over one or two neighbouring slices with its normalisation folded in."""
+    """A convolution over one or two neighbouring slices with its normalisation folded in, of inputs `times` theirs."""
 
-    def __init__(self, model: keras.Model, name: str) -> None:
+    def __init__(self, model: keras.Model, name: str, times: float = 1.0) -> None:
         kernel = np.asarray(model.get_layer(f"{name}_conv").get_weights()[0])
         factor, self.bias = _normalisation(model, f"{name}_norm")
-        kernel = kernel * factor
+        kernel = kernel * factor / np.float32(times)
         self.kernels = [kernel] if kernel.ndim == 4 else list(kernel)
 
     def __call__(self, x: tf.Tensor, stride: int = 1) -> tf.Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from herald.signatures import FINDINGS
+from serving.crops import truth_of
 from serving.drawn import (
     FINDING,
     KINDS,
@@ -16,6 +17,7 @@ from serving.drawn import (
     move_bleed,
     widen_furrows,
 )
+from serving.readers import UNKNOWN
 
 
 def head(slices: int = 12, noise: float = 3.0) -> np.ndarray:
@@ -104,13 +106,25 @@ def test_blood_moved_from_another_head_keeps_its_kind_and_stays_inside(scan: tup
     donor, positive = volume.copy(), np.zeros(volume.shape, dtype=np.uint8)
     donor[4:7, 100:120, 60:80] = 70
     positive[4:7, 100:120, 60:80] = 0b10001
-    out, bits, doubtful = move_bleed(np.random.default_rng(3), volume, inside, donor, positive)
+    unknown = np.zeros_like(positive)
+    out, bits, doubtful = move_bleed(np.random.default_rng(3), volume, inside, donor, positive, unknown)
     assert out[5, 110, 70] == pytest.approx(70, abs=2)
     assert bits[5, 110, 70] == 0b10001
     assert not doubtful[5]
     outside = np.zeros_like(positive)
     outside[5, 2:20, 2:20] = 1
-    assert move_bleed(np.random.default_rng(3), volume, inside, donor, outside) is None
+    assert move_bleed(np.random.default_rng(3), volume, inside, donor, outside, unknown) is None
+
+
+def test_blood_moved_from_a_slice_with_two_kinds_is_not_taught_to_be_of_neither(scan: tuple) -> None:
+    volume, inside = scan
+    donor, positive, unknown = volume.copy(), np.zeros(volume.shape, np.uint8), np.zeros(volume.shape, np.uint8)
+    donor[4:7, 100:120, 60:80], positive[4:7, 100:120, 60:80] = 70, 1
+    unknown[5, 100:120, 60:80] = 0b10010
+    _, bits, doubtful = move_bleed(np.random.default_rng(3), volume, inside, donor, positive, unknown)
+    truth, of_voxels = truth_of(bits, doubtful)
+    assert truth[5].tolist() == [1, UNKNOWN, 0, 0, UNKNOWN]
+    assert of_voxels[5, 110, 70] == 0b10010
 
 
 def test_a_rim_is_brightest_at_the_bone_on_one_side_and_leaves_the_middle_and_what_is_outside(scan: tuple) -> None:

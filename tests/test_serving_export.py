@@ -13,6 +13,7 @@ from herald.signatures import FINDINGS, HEMORRHAGE, PROTOCOL
 from serving import export as exporting
 from serving.export import export, hemorrhage_function, main, protocol_function, read_calibration, write_saved_model
 from serving.hemorrhage import Sizes, build
+from serving.score_hemorrhage import raw_scores, served, slice_logits
 
 SMALL = Sizes(widths=(3, 4, 6, 6, 8), blocks=(0, 1, 0, 0, 1))
 CALIBRATION = {
@@ -87,13 +88,9 @@ def test_the_outermost_slices_are_repeated_to_lend_context(small, by_tensorflow)
 
 def test_calibration_puts_the_operating_point_at_one_half(small, by_tensorflow):
     volume = head(4)
-    padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32)
-    raw = small(padded, training=False)
-    logits = (0.25 * np.asarray(raw["slice"]) + 0.75 * np.asarray(raw["pooled"]))[0]
-    p = np.pad(logits, ((1, 1), (0, 0)), mode="edge")
-    logits = 0.25 * p[:-2] + 0.5 * p[1:-1] + 0.25 * p[2:]
-    wanted = 1 / (1 + np.exp(-np.array(CALIBRATION["scale"]) * (logits - np.array(CALIBRATION["threshold"]))))
-    wanted = np.minimum(wanted, wanted[:, :1])
+    raw = raw_scores(small, volume)  # what is measured is what is served
+    logits = slice_logits(raw["slice"], raw["pooled"])
+    wanted = 1 / (1 + np.exp(-served(logits, np.array(CALIBRATION["scale"]), np.array(CALIBRATION["threshold"]))))
     out = by_tensorflow(volume)
     np.testing.assert_allclose(out["slice_probability"], wanted, atol=1e-4)
     np.testing.assert_allclose(out["probability"], wanted.max(axis=0), atol=1e-4)

@@ -19,6 +19,7 @@ from serving.crops import (
     augment,
     bleeds,
     fold_of,
+    identity,
     load_patients,
     prepare,
     simulated_patient,
@@ -26,9 +27,9 @@ from serving.crops import (
     truth_of,
 )
 from serving.evaluation import bootstrap_interval, operating_point, platt, sensitivity_threshold, wilson
-from serving.hemorrhage import Sizes, build
+from serving.hemorrhage import WEIGHTS, Sizes, build
 from serving.readers import UNKNOWN, LabelledVolume, anywhere
-from serving.score_hemorrhage import MASK_OFFSETS, evaluate
+from serving.score_hemorrhage import MASK_OFFSETS, evaluate, score, served
 from serving.train_hemorrhage import loss, main, train
 from serving.unfinished import UnfinishedRun
 from serving.whole_volume import forward
@@ -539,6 +540,58 @@ def test_the_threshold_is_moved_to_the_scale_of_the_shipped_weights(tmp_path):
     for file in (tmp_path / "shipped").iterdir():
         file.unlink()
     assert evaluate(tmp_path)["threshold"] == pytest.approx(result["threshold_of_folds"])
+
+
+def test_scores_of_other_weights_are_not_left_among_those_of_new_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.score_hemorrhage.build", lambda: build(SMALL))
+    build(SMALL).save_weights(tmp_path / "a.weights.h5")
+    (tmp_path / "fold0").mkdir()
+    (tmp_path / "fold0" / "ct-ich_073.npz").touch()
+    score(tmp_path / "a.weights.h5", [], tmp_path / "fold0", "scoring")
+    assert not list((tmp_path / "fold0").iterdir())
+
+
+def test_a_patient_scored_in_two_folds_is_refused_by_name(tmp_path):
+    for fold in (0, 1):
+        (tmp_path / f"fold{fold}").mkdir()
+        (tmp_path / f"fold{fold}" / "run.json").write_text('{"folds": 3}')
+        np.savez(tmp_path / f"fold{fold}" / "ct-ich_073.npz", slice=np.zeros((9, 5)), pooled=np.zeros((9, 5)))
+    with pytest.raises(ConfigError, match="ct-ich 073 was scored by fold0 and fold1"):
+        evaluate(tmp_path)
+
+
+def test_a_kind_is_measured_as_it_is_served_no_likelier_than_any():
+    logits = np.array([[-2.0, 3.0, 0.0], [1.0, 3.0, -1.0]])
+    np.testing.assert_allclose(served(logits, np.array([1.0, 0.5, 2.0]), np.array([0.0, 1.0, 0.0])),
+                               [[-2, -2, -2], [1, 1, -2]])  # fmt: skip
+
+
+def test_pretraining_sees_nobody_of_the_cross_validated_set_by_whatever_name(tmp_path, monkeypatch):
+    people = [patient("a", 1, "phe-sich"), patient("049", 1, "ct-ich"), patient("049", 1, "ct-ich-nifti")]
+    learned = []
+    monkeypatch.setattr("serving.train_hemorrhage.load_patients", lambda data, work, source: [
+        p for p in people if p.source == source])  # fmt: skip
+    monkeypatch.setattr("serving.train_hemorrhage.train", lambda patients, *_: learned.extend(patients))
+    monkeypatch.setattr("serving.crops.fold_of", lambda patients, *_: {identity(p): 1 for p in patients})
+    main(["--pretrain", "--shares", "phe-sich=0.5,ct-ich=0.2,ct-ich-nifti=0.3", "--work", str(tmp_path)])
+    assert [p.source for p in learned] == ["phe-sich"]
+
+
+def test_sets_are_compared_with_weights_that_never_saw_who_is_kept_aside(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("serving.train_hemorrhage.load_patients", lambda data, work, source: [])
+    monkeypatch.setattr("serving.train_hemorrhage.load", asked.append)
+    monkeypatch.setattr("serving.train_hemorrhage.compare", lambda *_: {})
+    main(["--sets", "ct-ich", "phe-sich", "--folds", "3", "--work", str(tmp_path)])
+    assert asked == [WEIGHTS.parent / "of_3_folds" / "fold0.weights.h5"]
+
+
+def test_scores_of_folds_dealt_out_differently_are_not_pooled(tmp_path):
+    for fold, folds in ((0, 3), (1, 5)):
+        (tmp_path / f"fold{fold}").mkdir()
+        (tmp_path / f"fold{fold}" / "run.json").write_text(f'{{"folds": {folds}}}')
+    with pytest.raises(ConfigError, match="scores of 3 and of 5 folds; remove"):
+        evaluate(tmp_path)
 
 
 def test_evaluation_without_scores_says_what_to_run(tmp_path):
