@@ -117,6 +117,8 @@ series = Table(
     Column("published_at", UtcDateTime, comment="when SeriesReceived was on the bus"),
     Column("settle_s", Float, comment="rest that its sender was given when it closed"),
     Column("largest_gap_s", Float, comment="longest pause between two associations that sent it"),
+    Column("awaited", JSON, comment="SOP Instance UIDs that were known to be missing while it was open"),
+    Column("missing", JSON, comment="what was known to be missing when it closed, in words"),
 )
 
 removals = Table(
@@ -186,6 +188,7 @@ pages = Table(
     Column("policy", String(64), comment="name of the policy whose steps are taken; empty or null: notifier.steps"),
     Column("site", String(64), comment="name of the site of the scanner; empty or null: of none"),
     Column("event", JSON, comment="the SeriesTriaged that is paged"),
+    Column("made_at", UtcDateTime, comment="when the study's first page was made; null: by an earlier version"),
 )
 
 deliveries = Table(
@@ -242,7 +245,7 @@ results = Table(
     Column("posted_at", UtcDateTime, nullable=False),
     Column("acknowledged_at", UtcDateTime, comment="first acknowledgement or verdict of a reader"),
     Column("acknowledged_by", String(64)),
-    Column("superseded", Boolean, comment="whether a later revision of the series has a result; null: not known"),
+    Column("superseded", Boolean, comment="whether a later revision is listed in its place; null: not known"),
     Column("leading_finding", String(16), comment="most probable kind of bleed of a positive"),
     Column("disagreement", Boolean, comment="whether header and pixels differ about a head; null: not known"),
     Column("blind", String(8), comment="why readers judge before they see it: shadow, chosen; empty: they see it"),
@@ -263,7 +266,9 @@ reviews = Table(
     Column("occurred_at", UtcDateTime, nullable=False),
     Column("published_at", UtcDateTime, comment="when SeriesReviewed was on the bus"),
     Column("opened_at", UtcDateTime, comment="when this reader first opened the series"),
-    Column("undone_at", UtcDateTime, comment="when the reader took it back; it counts no more, and stays"),
+    Column(
+        "undone_at", UtcDateTime, comment="when it was taken back, or its result changed; it counts no more, and stays"
+    ),
 )
 
 labels = Table(

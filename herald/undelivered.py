@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
 
-from sqlalchemy import Connection, RowMapping, and_, exists, or_, select
+from sqlalchemy import Connection, RowMapping, and_, exists, func, or_, select
 
 from herald.config import NotifierConfig
 from herald.ledger import alarms, pages, reviews
@@ -43,11 +43,14 @@ def undelivered(connection: Connection, config: NotifierConfig, now: datetime) -
 
 def _unanswered(connection: Connection) -> Iterator[list[RowMapping]]:
     """The live pages of each study that has one which may have failed and is not answered, in the order of steps."""
+    # as `answers` of the notifier's policy has it, but for the slack of clocks: arithmetic on times is not portable in
+    # SQL, and a review within the slack settles the page as soon as the notifier sees it
     same_series = reviews.c.series_instance_uid == pages.c.series_instance_uid
-    reviewed = and_(same_series, reviews.c.revision >= pages.c.revision)
-    answered = exists().where(  # as the notifier's policy has it: a review of the page's series, or after the finding
+    of_page = and_(reviews.c.revision >= pages.c.revision, reviews.c.occurred_at >= pages.c.finding_at)
+    made_at = func.coalesce(pages.c.made_at, pages.c.finding_at)
+    answered = exists().where(
         reviews.c.study_instance_uid == pages.c.study_instance_uid,
-        or_(reviewed, reviews.c.occurred_at >= pages.c.finding_at),
+        or_(and_(same_series, of_page), and_(~same_series, reviews.c.occurred_at >= made_at)),
     )
     studies = select(pages.c.study_instance_uid).where(
         pages.c.mode == "live", pages.c.state.in_(("due", "sent", "exhausted", "failed")), ~answered

@@ -3,7 +3,7 @@
     due ──> sent ──> acknowledged           a reader reviewed the study
      │       ├─────> escalated              nobody did: the next step's page is due
      │       └─────> exhausted              nobody did, and there is no further step: the operators are told
-     ├─────> withdrawn                      a later revision is negative, and nothing was sent yet
+     ├─────> withdrawn                      a later revision is negative, and no page of the study was sent yet
      ├─────> failed                         the channel refused or stayed away: the next step's page is due
      └─────> exhausted                      as failed, and there is no further step: the operators are told
 
@@ -191,6 +191,7 @@ class Paging:
             policy=chosen.name,
             site=site,
             event=msgspec.json.decode(event.to_json()),
+            made_at=now,
         )
 
     def _planned(self, step: PagingStep) -> str:
@@ -221,6 +222,8 @@ class Paging:
     def _withdraw(self, event: SeriesTriaged) -> None:
         with self._lock, self._ledger.begin() as connection:
             study = record.pages_of_study(connection, event.study_instance_uid)
+            if any(page.sent_at for page in study):
+                return  # somebody was told: without an answer the next in line is, too
             if record.covered_series(connection, study) - {event.series_instance_uid}:
                 return  # another series of the study is positive, and these pages stand for it too
             for page in study:
@@ -534,7 +537,8 @@ def _acknowledge(connection: Connection, page: Page, review: Review) -> None:
 
 def _answered(connection: Connection, page: Page) -> bool:
     """Whether a review is in the ledger already: its event may come after the page's."""
-    review = record.first_review(connection, page)
+    given = record.reviews_of_study(connection, page.study_instance_uid)
+    review = next((one for one in given if policy.answers(one, page)), None)
     if review is not None:
         _acknowledge(connection, page, review)
     return review is not None

@@ -22,7 +22,7 @@ LONGEST_NAME = 64
 RETRY_FIRST_S = 2.0
 RETRY_LONGEST_S = 30.0
 CLOCK_SLACK = timedelta(seconds=60)
-"""How far a clock is set back before the times in the ledger are no longer believed."""
+"""How far a clock is set back, or two hosts' differ, before the times in the ledger are no longer believed."""
 
 _TIME = re.compile(r"([01]\d|2[0-3]):([0-5]\d)|24:00")
 _MINUTES_A_DAY = 24 * 60
@@ -294,11 +294,13 @@ def attempts_allowed(retry_for_s: float) -> int:
 def answers(review: Review, page: Page) -> bool:
     """Whether a reader has seen what the page is about.
 
-    A review of the page's series does, unless it is of an earlier revision; a review of another series of the study
-    does only after the finding: agreeing beforehand that another series is clear must not stop the page.
+    A review of the page's series does, unless it is of an earlier revision or was given before the finding, when the
+    revision had failed; a review of another series of the study does only once the page was made: agreeing beforehand
+    that another series is clear must not stop the page.
     """
-    same_series = review.series_instance_uid == page.series_instance_uid and review.revision >= page.revision
-    return same_series or review.occurred_at >= page.finding_at
+    if review.series_instance_uid == page.series_instance_uid:
+        return review.revision >= page.revision and review.occurred_at >= page.finding_at - CLOCK_SLACK
+    return review.occurred_at >= (page.made_at or page.finding_at)
 
 
 def newer(series_instance_uid: str, revision: int, page: Page) -> bool:

@@ -47,6 +47,8 @@ class Page:
     site: str | None = None
     event: dict[str, Any] | None = None
     """The SeriesTriaged that is paged, as JSON; None in rows of an earlier version."""
+    made_at: datetime | None = None
+    """When the study's first page was made, which every step keeps; None in rows of an earlier version."""
 
     @property
     def triaged(self) -> SeriesTriaged | None:
@@ -105,18 +107,14 @@ def drop_pages(connection: Connection, study_instance_uid: str) -> None:
     connection.execute(delete(pages).where(pages.c.study_instance_uid == study_instance_uid))
 
 
-def first_review(connection: Connection, page: Page) -> Review | None:
-    """The earliest review that answers the page: see `policy.answers`, which this repeats in SQL."""
-    same_series = and_(reviews.c.series_instance_uid == page.series_instance_uid, reviews.c.revision >= page.revision)
+def reviews_of_study(connection: Connection, study_instance_uid: str) -> list[Review]:
+    """Every review of the study's series, the earliest first."""
     statement = (
         select(reviews.c.series_instance_uid, reviews.c.revision, reviews.c.reader, reviews.c.occurred_at)
-        .where(reviews.c.study_instance_uid == page.study_instance_uid)
-        .where(or_(same_series, reviews.c.occurred_at >= page.finding_at))
+        .where(reviews.c.study_instance_uid == study_instance_uid)
         .order_by(reviews.c.occurred_at)
-        .limit(1)
     )
-    row = connection.execute(statement).one_or_none()
-    return None if row is None else Review(*row)
+    return [Review(*row) for row in connection.execute(statement)]
 
 
 def covered_series(connection: Connection, study: list[Page]) -> set[str]:

@@ -78,7 +78,7 @@ def make_old(url: str) -> None:
     ledger.close()
 
 
-SINCE = {"instances": ("removed_at",), "series": ("settle_s", "largest_gap_s")}
+SINCE = {"instances": ("removed_at",), "series": ("settle_s", "largest_gap_s"), "pages": ("made_at",)}
 
 
 def columns_of(url: str, table: str) -> set[str]:

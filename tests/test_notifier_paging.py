@@ -420,6 +420,60 @@ def test_a_review_of_an_earlier_revision_does_not_stop_the_page_of_the_next(nigh
     assert (night.states(), night.sent()) == (["sent"], [1, 0, 0])
 
 
+def test_a_review_of_an_earlier_revision_after_the_finding_does_not_stop_the_page_of_the_next(night: Night) -> None:
+    night.triage(revision=2)
+    night.now += timedelta(minutes=1)
+    late = night.reviewed("agree", revision=1)
+    write_review(night, late)
+    night.paging.on_reviewed(late)
+    night.after(minutes=9)
+    assert (night.states(), night.sent()) == (["escalated", "sent"], [1, 1, 0])
+
+
+def test_a_review_of_another_series_before_the_notifier_knew_of_the_finding_does_not_stop_the_page(
+    night: Night,
+) -> None:
+    event = triaged(occurred_at=NOON)
+    night.now += timedelta(minutes=5)
+    clear = night.reviewed("agree", series="1.2.3.5")
+    write_review(night, clear)
+    night.now += timedelta(minutes=15)
+    night.paging.on_triaged(event)
+    night.paging.on_reviewed(clear)
+    assert (night.states(), night.sent(), night.pages()[0].made_at) == (["sent"], [1, 0, 0], night.now)
+    night.after(minutes=10)
+    assert {page.made_at for page in night.pages()} == {NOON + timedelta(minutes=20)}  # the next step's is no later
+    night.review("agree", series="1.2.3.5")
+    assert night.states()[-1] == "acknowledged"
+
+
+def test_a_row_of_an_earlier_version_is_answered_by_another_series_from_the_finding_on(night: Night) -> None:
+    night.triage()
+    with night.ledger.begin() as connection:
+        connection.execute(update(pages).values(made_at=None))
+    night.review(series="1.2.3.5")
+    assert night.states() == ["acknowledged"]
+
+
+def test_an_acknowledged_failure_does_not_stop_the_page_when_its_replay_is_positive(night: Night) -> None:
+    night.triage("failed")
+    night.now += timedelta(minutes=2)
+    early = night.reviewed()
+    write_review(night, early)
+    night.now += timedelta(minutes=5)
+    night.triage()
+    night.paging.on_reviewed(early)
+    assert (night.states(), night.sent()) == (["sent"], [1, 0, 0])
+
+
+def test_a_reader_whose_host_is_a_little_behind_still_stops_the_page(night: Night) -> None:
+    event = night.reviewed()
+    night.now += policy.CLOCK_SLACK
+    night.triage()
+    night.paging.on_reviewed(event)
+    assert night.states() == ["acknowledged"]
+
+
 def test_a_review_while_the_page_is_being_sent_is_not_overwritten(night: Night) -> None:
     night.channels[0].during = night.review
     night.triage()
@@ -471,6 +525,18 @@ def test_a_page_that_stands_for_another_positive_series_too_is_not_withdrawn(nig
     night.triage(series="1.2.3.5")
     night.triage("negative", revision=2)
     assert night.states() == ["due"]
+
+
+def test_a_later_step_is_not_withdrawn_once_an_earlier_one_was_sent(night: Night) -> None:
+    night.triage()
+    night.channels[1].behaviour = "unavailable"
+    night.after(minutes=10)
+    night.triage("negative", revision=2)
+    night.triage(series="1.2.3.5")
+    assert night.states() == ["escalated", "due"]
+    night.channels[1].behaviour = "accept"
+    night.after(seconds=2)
+    assert night.sent() == [1, 1, 0]
 
 
 def test_a_page_that_was_sent_stays_and_still_escalates_after_a_negative_revision(night: Night) -> None:

@@ -184,7 +184,7 @@ def ledger(ledger_url):
 
 def test_the_version_is_another_after_every_change_that_a_worklist_shows_and_after_no_other(ledger):
     versions = [record.worklist_version(ledger)]
-    kinds = ("result", "result again", "revision", "acknowledge", "agree", "undo")
+    kinds = ("result", "undo", "result again", "revision", "acknowledge", "agree")
     of_series = ("instance_count=2", "last_image_at", "closed_at", "published_at")
     for kind in kinds + of_series:
         change(ledger, kind)

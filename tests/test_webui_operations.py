@@ -134,6 +134,32 @@ def test_a_later_revision_that_is_paged_in_vain_is_not_answered_by_a_look_at_the
     assert "ACC00001" in banner_of(client.get("/").text)
 
 
+def test_a_look_at_an_earlier_revision_after_the_finding_answers_no_page_of_the_later(site: Site) -> None:
+    event = site.add(1)
+    add_page(site, 1, revision=2)
+    client = site.client("rita")
+    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "agree"})
+    assert "ACC00001" in banner_of(client.get("/").text)
+
+
+def test_a_look_at_a_failure_answers_no_page_of_the_finding_that_its_replay_made(site: Site) -> None:
+    event = site.add(1, "failed")
+    client = site.client("rita")
+    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "acknowledge"})
+    add_page(site, 1, finding_at=utc_now())
+    assert "ACC00001" in banner_of(client.get("/").text)
+
+
+@pytest.mark.parametrize(("made_later", "answered"), [(None, True), (-1, True), (1, False)])
+def test_another_series_answers_only_once_the_page_was_made(site: Site, made_later: int | None, answered: bool) -> None:
+    other = site.add(1, series_instance_uid=f"{ROOT}.1.2")
+    made_at = None if made_later is None else utc_now() + timedelta(minutes=made_later)
+    add_page(site, 1, made_at=made_at)
+    client = site.client("rita")
+    client.post(f"/series/{other.series_instance_uid}/1/review", data={"verdict": "agree"})
+    assert (banner_of(client.get("/").text) == "") is answered
+
+
 @pytest.mark.parametrize("state", ["due", "sent", "acknowledged", "withdrawn"])
 def test_paging_under_way_or_settled_is_no_reason_for_a_banner(site: Site, state: str) -> None:
     now = utc_now()

@@ -90,6 +90,14 @@ def test_a_link_to_an_older_revision_says_so(site):
     assert "a newer revision supersedes" in site.client().get(site.link(event)).text
 
 
+def test_a_link_to_a_finding_before_a_revision_that_failed_says_that_the_finding_stands(site):
+    event = site.add(1)
+    site.add(1, "failed", revision=2)
+    page = site.client().get(site.link(event)).text
+    assert "revision 2 was not analysed: this finding stands" in page
+    assert "supersedes" not in page
+
+
 # --- the link of a page in the ledger, and two readers at once -------------------------------------------------------
 
 

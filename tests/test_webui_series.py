@@ -168,6 +168,18 @@ def test_an_older_revision_says_that_it_is_superseded_and_leads_to_the_newer(sit
     assert client.get(f"/series/{event.series_instance_uid}").location == address(newer)
 
 
+def test_a_finding_that_a_newer_revision_does_not_settle_says_that_it_stays_on_the_worklist(site):
+    event = site.add(1)
+    newer = site.add(1, "failed", revision=2)
+    page = site.client("rita").get(address(event)).text
+    assert (
+        "revision 2 was not analysed, so this revision 1 stays on the worklist until somebody has acknowledged it"
+        in page
+    )
+    assert f'href="{address(newer)}"' in page
+    assert "supersedes" not in page
+
+
 @pytest.mark.parametrize(
     "path", ["/series/1.2.3", "/series/1.2.3/1", "/series/..%2f..%2fetc/1", "/series/1.2.3/1/slice/1.png"]
 )

@@ -58,11 +58,107 @@ def columns(ledger) -> list[tuple[bool | None, str | None, bool | None]]:
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 3, 1)])
 def test_only_the_newest_revision_is_listed_in_whatever_order_they_are_posted(site, order):
     for revision in order:
-        disposition = "positive" if revision == 1 else "not_eligible"
-        site.put(triaged(1, disposition, revision=revision))
+        site.put(triaged(1, ("positive", "not_eligible", "negative")[revision - 1], revision=revision))
+    assert listed_revisions(site) == [(3, "negative")]
+    assert columns(site.ledger) == [(True, "iph", True), (True, None, False), (False, None, True)]
+
+
+def listed_revisions(site) -> list[tuple[int, str]]:
     rows = record.find_worklist(site.ledger, WorklistQuery()).rows
-    assert [(row.result.event.revision, row.result.event.disposition) for row in rows] == [(3, "not_eligible")]
-    assert columns(site.ledger) == [(True, "iph", True), (True, None, False), (False, None, False)]
+    return [(row.result.event.revision, row.result.event.disposition) for row in rows]
+
+
+@pytest.mark.parametrize("newer", ["failed", "not_eligible"])
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_positive_that_nobody_acknowledged_stays_until_a_newer_revision_is_analysed_or_somebody_does(
+    site, newer, order
+):
+    for revision in order:
+        site.put(triaged(1, "positive" if revision == 1 else newer, revision=revision))
+    assert record.find_worklist(site.ledger, WorklistQuery()).unacknowledged == 1
+    assert listed_revisions(site) == [(1, "positive"), (2, newer)]
+    assert f"{triaged(1).series_instance_uid}/1" in site.client("rita").get("/next").location
+    review(site, triaged(1), "acknowledge")
+    assert listed_revisions(site) == [(2, newer)]
+
+
+@pytest.mark.parametrize("analysed", ["positive", "negative"])
+def test_a_positive_that_waits_behind_a_failure_gives_way_to_a_newer_analysis(site, analysed):
+    for revision, disposition in ((1, "positive"), (2, "failed"), (3, analysed)):
+        site.put(triaged(1, disposition, revision=revision))
+    assert listed_revisions(site) == [(3, analysed)]
+
+
+@pytest.mark.parametrize("disposition", ["positive", "negative"])
+def test_in_shadow_mode_an_older_revision_that_is_listed_tells_nothing(shadow, disposition):
+    shadow.put(triaged(1, disposition))
+    shadow.put(triaged(1, "failed", revision=2))
+    assert sorted(listed_revisions(shadow)) == [(1, disposition), (2, "failed")]
+
+
+def test_a_positive_that_an_earlier_version_hid_behind_a_failure_is_listed_again(ledger_url):
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    for revision, disposition in ((1, "positive"), (2, "failed")):
+        record.upsert_result(ledger, triaged(1, disposition, revision=revision))
+    with ledger.begin() as connection:
+        connection.execute(update(results).where(results.c.revision == 1).values(superseded=True))
+    assert record.complete_results(ledger) == 1
+    assert [superseded for superseded, _, _ in columns(ledger)] == [False, False]
+    ledger.close()
+
+
+# --- the same revision once more -------------------------------------------------------------------------------------
+
+
+def test_a_positive_in_the_place_of_a_failure_that_was_read_is_urgent_and_unread(site):
+    client = site.client("rita")
+    site.put(triaged(1, "failed"))
+    for verdict in ("acknowledge", "agree"):
+        review(site, triaged(1), verdict)
+    (before,) = record.find_worklist(site.ledger, WorklistQuery()).rows
+    assert site.put(triaged(1)).status_code == 200
+    worklist = record.find_worklist(site.ledger, WorklistQuery(unreviewed=True))
+    (row,) = worklist.rows
+    assert (worklist.unacknowledged, row.verdict, row.result.acknowledged_by) == (1, None, None)
+    assert worklist.newest_positive_at == row.result.posted_at > before.result.posted_at
+    page = client.get(f"/series/{triaged(1).series_instance_uid}/1").text
+    assert page.count("of an earlier result") >= 2
+    assert "taken back" not in page
+    assert 'value="acknowledge"' in page
+
+
+def test_whether_a_result_is_read_blind_is_decided_anew_when_its_disposition_changes(ledger_url):
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    for event, blind, kept in (
+        (triaged(1, "failed"), record.OPEN, record.OPEN),
+        (triaged(1), record.SHADOW, record.SHADOW),
+        (triaged(1), record.OPEN, record.SHADOW),
+    ):
+        record.upsert_result(ledger, event, blind)
+        with ledger.read() as connection:
+            assert connection.execute(select(results.c.blind)).scalar_one() == kept
+    ledger.close()
+
+
+def test_a_positive_takes_the_place_of_a_failure_though_another_host_s_clock_was_ahead(site):
+    positive = triaged(1)
+    site.put(replace(triaged(1, "failed"), occurred_at=positive.occurred_at + timedelta(minutes=5)))
+    site.put(positive)
+    assert record.find_worklist(site.ledger, WorklistQuery()).unacknowledged == 1
+
+
+def test_an_earlier_result_that_is_delivered_once_more_changes_nothing(site):
+    failed, positive = triaged(1, "failed"), triaged(1)
+    for event in (failed, positive):
+        site.put(event)
+    review(site, positive, "agree")
+    with site.ledger.read() as connection:
+        before = connection.execute(select(results)).all()
+    assert site.put(failed).status_code == 200
+    with site.ledger.read() as connection:
+        assert connection.execute(select(results)).all() == before
+    (row,) = record.find_worklist(site.ledger, WorklistQuery()).rows
+    assert row.verdict.action == "agree"
 
 
 def test_results_of_an_earlier_version_are_listed_and_then_completed(ledger_url):

@@ -42,11 +42,18 @@ VIEW_PREDICTION = "view-prediction"
 """Audit action of the first time that a prediction is shown to a user."""
 
 _newer = results.alias("newer")
-_NEWEST = ~exists().where(
-    _newer.c.series_instance_uid == results.c.series_instance_uid, _newer.c.revision > results.c.revision
-)
+_is_newer = and_(_newer.c.series_instance_uid == results.c.series_instance_uid, _newer.c.revision > results.c.revision)
+_newer_analysed = _newer.c.disposition.in_(ANALYSED)
+_NEWEST_ANALYSED = and_(results.c.disposition.in_(ANALYSED), ~exists().where(_is_newer, _newer_analysed))
 _LISTED = results.c.superseded.is_not(True)  # null is a row of an earlier version, until `complete_results`
 _UNACKNOWLEDGED_POSITIVE = and_(results.c.disposition == "positive", results.c.acknowledged_at.is_(None))
+# what no failure may hide; in shadow mode a negative neither, or being listed would tell blind readers of a positive
+_WAITS = and_(
+    results.c.acknowledged_at.is_(None),
+    results.c.disposition.in_(ANALYSED),
+    or_(results.c.disposition == "positive", results.c.blind.is_not_distinct_from(SHADOW)),
+)
+_SUPERSEDED = exists().where(_is_newer, or_(_newer_analysed, ~_WAITS))
 _OF_RESULT = and_(
     reviews.c.series_instance_uid == results.c.series_instance_uid, reviews.c.revision == results.c.revision
 )
@@ -55,18 +62,19 @@ _COUNTS = and_(reviews.c.action.in_(VERDICTS), reviews.c.undone_at.is_(None))
 
 @dataclass(frozen=True)
 class Result:
-    """One series revision as the notifier posted it, with who acknowledged it."""
+    """One series revision as the notifier posted it, who acknowledged it, and whether a later one is in its place."""
 
     event: SeriesTriaged
     probability: float | None
     posted_at: datetime
     acknowledged_at: datetime | None
     acknowledged_by: str | None
+    superseded: bool
 
 
 @dataclass(frozen=True)
 class Review:
-    """One acknowledgement or verdict of one reader; one that was taken back counts no more."""
+    """One acknowledgement or verdict of one reader; taken back, or of an earlier result, it counts no more."""
 
     review_id: str
     action: Action
@@ -155,7 +163,12 @@ class InFlight:
 
 
 def upsert_result(ledger: Ledger, event: SeriesTriaged, blind: Blind = OPEN) -> bool:
-    """Keep the result of a series revision; True when it is new. What was given and decided already stays."""
+    """Keep the result of a series revision unless a later one is known; True when there was none.
+
+    Where its disposition changes, it is another result: reviews of the one before count no more, and whether it is read
+    blind is decided anew. Else what was given and decided stays.
+    """
+    now = utc_now()
     values = {
         "study_instance_uid": event.study_instance_uid,
         "accession_number": event.accession_number[:16],  # VR SH, PS3.5 6.2; a longer one stays whole in the event
@@ -170,29 +183,51 @@ def upsert_result(ledger: Ledger, event: SeriesTriaged, blind: Blind = OPEN) -> 
     }
     of_series = results.c.series_instance_uid == event.series_instance_uid
     same = and_(of_series, results.c.revision == event.revision)
+    no_later = results.c.triaged_at <= event.occurred_at  # an earlier message may be delivered once more
+    if event.disposition == "positive":  # which no clock of another host may hide
+        no_later = or_(no_later, results.c.disposition != "positive")
+    replaceable = and_(same, no_later)
     with ledger.begin() as connection:
         if connection.dialect.name == "postgresql":  # else two revisions at once would not see one another
             connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(event.series_instance_uid))))
-        # the update comes first: on SQLite it takes the write lock, so that two posts cannot both insert
-        known = bool(connection.execute(update(results).where(same).values(values)).rowcount)
-        if not known:
+        # an update comes first: on SQLite it takes the write lock, so that two posts cannot both insert
+        became = connection.execute(
+            update(results)
+            .where(replaceable, results.c.disposition != event.disposition)
+            .values(acknowledged_at=None, acknowledged_by=None, posted_at=now, blind=blind)
+        )
+        if became.rowcount:
+            connection.execute(
+                update(reviews)
+                .where(
+                    reviews.c.series_instance_uid == event.series_instance_uid,
+                    reviews.c.revision == event.revision,
+                    reviews.c.undone_at.is_(None),
+                )
+                .values(undone_at=now)
+            )
+        known = bool(connection.scalar(select(exists().where(same))))
+        if known:
+            connection.execute(update(results).where(replaceable).values(values))
+        else:
             connection.execute(
                 insert(results).values(
                     **values,
                     series_instance_uid=event.series_instance_uid,
                     revision=event.revision,
-                    posted_at=utc_now(),
+                    posted_at=now,
                     blind=blind,
                 )
             )
-        connection.execute(update(results).where(of_series).values(superseded=~_NEWEST))
+        connection.execute(update(results).where(of_series).values(superseded=_SUPERSEDED))
     return not known
 
 
 def complete_results(ledger: Ledger) -> int:
-    """Fill in what an earlier version did not write of its results; gives their number."""
+    """Fill in what an earlier version did not write of its results, and list what it hid; gives their number."""
+    hidden = and_(results.c.superseded.is_(True), ~_SUPERSEDED)
     missing = select(results.c.series_instance_uid, results.c.revision, results.c.event).where(
-        or_(results.c.superseded.is_(None), results.c.disagreement.is_(None))
+        or_(results.c.superseded.is_(None), results.c.disagreement.is_(None), hidden)
     )
     completed = 0
     while True:
@@ -204,7 +239,7 @@ def complete_results(ledger: Ledger) -> int:
                     update(results)
                     .where(results.c.series_instance_uid == uid, results.c.revision == revision)
                     .values(
-                        superseded=~_NEWEST,
+                        superseded=_SUPERSEDED,
                         leading_finding=leading_finding(event),
                         disagreement=bool(event.disagreements),
                     )
@@ -254,14 +289,10 @@ def newest_revision(ledger: Ledger, series_instance_uid: str) -> int | None:
 
 
 def find_analysed(ledger: Ledger, study_instance_uid: str) -> list[Result]:
-    """The newest result of every series of a study that was searched for haemorrhage, positives first."""
+    """Of every series of a study the newest revision that was searched for haemorrhage, positives first."""
     statement = (
         select(results)
-        .where(
-            results.c.study_instance_uid == study_instance_uid,
-            results.c.disposition.in_(ANALYSED),
-            _NEWEST,
-        )
+        .where(results.c.study_instance_uid == study_instance_uid, _NEWEST_ANALYSED)
         .order_by(results.c.disposition.desc(), results.c.triaged_at)
     )
     with ledger.read() as connection:
@@ -275,6 +306,7 @@ def _result(row: RowMapping) -> Result:
         posted_at=row["posted_at"],
         acknowledged_at=row["acknowledged_at"],
         acknowledged_by=row["acknowledged_by"],
+        superseded=bool(row["superseded"]),
     )
 
 
@@ -282,8 +314,9 @@ def _result(row: RowMapping) -> Result:
 
 
 def find_worklist(ledger: Ledger, query: WorklistQuery) -> Worklist:
-    """The newest revision of every series that matches: positives nobody acknowledged, oldest first; then newest first.
+    """What is listed of every series and matches: positives nobody acknowledged, oldest first; then newest first.
 
+    Listed is the newest revision, and an earlier one that still waits for a reader (`_WAITS`) or a newer analysis.
     What is hidden from a blind reader is in the order of time alone, since any other would tell the prediction.
     """
     matching = _matching(query)
@@ -581,6 +614,12 @@ def add_review(
             .values(acknowledged_at=now, acknowledged_by=reader[:64])
             .returning(results.c.series_instance_uid, results.c.revision)
         ).all()
+        # what waited behind a newer revision for somebody waits no more
+        connection.execute(
+            update(results)
+            .where(results.c.study_instance_uid == event.study_instance_uid, results.c.acknowledged_at == now)
+            .values(superseded=_SUPERSEDED)
+        )
         held = connection.execute(select(results.c.acknowledged_by, results.c.acknowledged_at).where(own)).one()
     return Acknowledgement(
         held[0], held[1], (event.series_instance_uid, event.revision) in [tuple(row) for row in taken]

@@ -194,7 +194,8 @@ def _read(result: Result, hidden: bool, describes: bool) -> dict[str, Any]:
     event = result.event
     given = record.find_reviews(context().ledger, event.series_instance_uid, event.revision)
     visible = [review for review in given if not hidden or review.reader == user().name]
-    standing = {review.reader: review for review in visible if review.action == "acknowledge"}
+    valid = [review for review in visible if review.undone_at is None]
+    standing = {review.reader: review for review in valid if review.action == "acknowledge"}
     standing |= {review.reader: review for review in visible if review.counts}
     own = _own_verdict(given)
     said = [Said(review, _words(review.action, event, hidden)) for review in visible]
@@ -283,7 +284,8 @@ def _timeline(result: Result, given: list[Review], pages: list[dict[str, object]
         moments.append((f"Page {cast(int, page['step']) + 1} {sent}", cast(datetime | None, page["sent_at"])))
     moments += [(f"{review.reader}: {words.ACTIONS[review.action]}", review.occurred_at) for review in given]
     undone = {(review.reader, review.undone_at) for review in given if review.undone_at is not None}
-    moments += [(f"{reader}: verdict taken back", at) for reader, at in undone]
+    ends = "review was of an earlier result"
+    moments += [(f"{reader}: {ends if at == result.posted_at else 'verdict taken back'}", at) for reader, at in undone]
     steps: list[Step] = []
     for label, at in sorted(((label, at) for label, at in moments if at is not None), key=lambda moment: moment[1]):
         last = event.last_image_at

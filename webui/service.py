@@ -83,8 +83,8 @@ def _background(ledger: Ledger, parts: Context, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             ledger.create_tables()
+            blind.draw_missing(parts.config, ledger)  # which decides what may be listed
             record.complete_results(ledger)
-            blind.draw_missing(parts.config, ledger)
             break
         except LedgerError as error:
             if not outage:

@@ -25,7 +25,7 @@ function badge() {
   document.title = waiting ? `(${waiting}) ${title}` : title;
 }
 
-/** What can be found again after the rows have been replaced: a row by its series, else a link by its relation. */
+/** What can be found again after the rows have been replaced: a row by its revision, else a link by its relation. */
 const places = (element) => {
   const series = element?.closest("tr[data-series]")?.dataset.series;
   if (series) return `tr[data-series="${CSS.escape(series)}"] a.open`;
