@@ -113,6 +113,8 @@ class RouterConfig:
     """Longest wait for one answer of the model server."""
     min_slices: int = 8
     """Fewer slices than this are not a head scan."""
+    most_images: int = 2000
+    """More images than this are not a head scan and not read: a head at 0.3 mm has about 700, a perfusion thousands."""
     certain_probability: float = 0.75
     """A protocol answer below this is uncertain: the series is analysed all the same and marked."""
     analyse_uncertain: bool = True

@@ -69,6 +69,8 @@ class SeriesReceived(Event):
     """Why the receiver took the series for complete: `released-and-even`, `quiet`, ..."""
     first_image_at: datetime
     last_image_at: datetime
+    missing: tuple[str, ...] = ()
+    """What is known to be missing of it, in words."""
 
 
 @dataclass(frozen=True)

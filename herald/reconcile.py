@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydicom.filereader import read_file_meta_info
 from sqlalchemy import Connection, RowMapping, Select, and_, func, insert, select
@@ -23,7 +23,7 @@ from herald.errors import DicomError, StoreError
 from herald.events import utc_now
 from herald.instance import InstanceHeader, read_header
 from herald.ledger import instances, open_ledger, rejections, results, series
-from herald.store import INSTANCE_SUFFIX, StudyStore, file_sha256
+from herald.store import INSTANCE_SUFFIX, StudyStore, file_sha256, is_uid
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,10 @@ GRACE_S = 60.0
 """How much longer than its own limits a step may take before an instance that waits for it is unaccounted."""
 ROWS_AT_ONCE = 500
 
+T = TypeVar("T")
 SeriesKey = tuple[str, str]
 Progress = Callable[[int, int], None]
+Unreadable = Callable[[StoreError], None]
 
 
 @dataclass(frozen=True)
@@ -170,27 +172,39 @@ def studies_being_removed(root: Path) -> set[str]:
     return {path.name.removeprefix(REMOVING).partition("-")[0] for path in root.glob(REMOVING + "*")}
 
 
-def _instance_files(root: Path) -> Iterator[tuple[str, int]]:
-    """Path relative to the root, and size, of every instance file; what retention has set aside is none of them."""
-    for study in _folders(root):
-        for one in _folders(study.path):
-            try:
-                with os.scandir(one.path) as found:
-                    for file in found:
-                        if file.name.endswith(INSTANCE_SUFFIX):
-                            yield f"{study.name}/{one.name}/{file.name}", file.stat().st_size
-            except FileNotFoundError:  # removed meanwhile
-                continue
+def _refuse(error: StoreError) -> None:
+    raise error
 
 
-def _folders(path: Path | str) -> list["os.DirEntry[str]"]:
+def _instance_files(root: Path, unreadable: Unreadable = _refuse) -> Iterator[tuple[str, int]]:
+    """Path relative to the root, and size, of every instance file; `unreadable` is told of a folder that is.
+
+    Only folders named by UIDs hold any: others are the disk's own, as `lost+found`, or set aside by retention.
+    """
+    for study in _listed(root, _uid_folders, unreadable):
+        for one in _listed(root / study, _uid_folders, unreadable):
+            for name, size in _listed(root / study / one, _sizes, unreadable):
+                yield f"{study}/{one}/{name}", size
+
+
+def _listed(folder: Path, what: Callable[[Iterator["os.DirEntry[str]"]], list[T]], unreadable: Unreadable) -> list[T]:
+    """What lies in a folder, in order; nothing where it was removed meanwhile."""
     try:
-        with os.scandir(path) as found:
-            return sorted((e for e in found if not e.name.startswith(".") and e.is_dir()), key=lambda e: e.name)
+        with os.scandir(folder) as found:
+            return what(found)
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}; check the rights on store.root") from error
+        unreadable(StoreError(f"cannot read {folder}: {error.strerror}; check the disk and the rights on store.root"))
+        return []
+
+
+def _uid_folders(found: Iterator["os.DirEntry[str]"]) -> list[str]:
+    return sorted(entry.name for entry in found if is_uid(entry.name) and entry.is_dir())
+
+
+def _sizes(found: Iterator["os.DirEntry[str]"]) -> list[tuple[str, int]]:
+    return sorted((file.name, file.stat().st_size) for file in found if file.name.endswith(INSTANCE_SUFFIX))
 
 
 def _size(path: Path) -> int | None:
@@ -300,7 +314,8 @@ def _whereabouts(
 
 def restore_index(connection: Connection, store: StudyStore) -> int:
     """Make rows of files that have none, and open the next revision of every series that holds an image no revision
-    covers; returns how many instances were restored. A file that is no DICOM is left alone, with a line in the log.
+    covers; returns how many instances were restored. A file that is no DICOM is left alone, and so is a folder that
+    cannot be read, each with a line in the log.
     """
     restored = 0
     batch: list[dict[str, Any]] = []
@@ -317,7 +332,7 @@ def restore_index(connection: Connection, store: StudyStore) -> int:
 
 def _missing_rows(connection: Connection, store: StudyStore) -> Iterator[dict[str, Any]]:
     known = set(connection.execute(select(instances.c.path).where(instances.c.removed_at.is_(None))).scalars())
-    for relative, _ in _instance_files(store.root):
+    for relative, _ in _instance_files(store.root, _pass_over):
         if relative in known:
             continue
         path = store.root / relative
@@ -327,6 +342,10 @@ def _missing_rows(connection: Connection, store: StudyStore) -> Iterator[dict[st
             log.warning("%s; it stays out of the ledger", error)
             continue
         yield row
+
+
+def _pass_over(error: StoreError) -> None:
+    log.error("%s; until then no image in it is restored to the ledger", error)
 
 
 def _restore_rows(connection: Connection, rows: list[dict[str, Any]]) -> int:

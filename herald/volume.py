@@ -22,6 +22,8 @@ from herald.errors import NotDicomError, PixelDataError, VolumeError
 from herald.signatures import IN_PLANE, PROTOCOL_SLICES
 
 AIR_HOUNSFIELD = -1024
+MOST_SCOUTS = 2
+"""Images of another orientation or matrix that are no part of the scan: a frontal and a lateral scout."""
 
 Hounsfield = NDArray[np.int16]
 
@@ -55,7 +57,8 @@ class Volume:
     `hounsfield` (D, H, W) int16; `positions_mm` (D,) along the slice normal, ascending; `pixel_spacing_mm` (row,
     column); `orientation` axial, coronal, sagittal or oblique; `gantry_tilt_deg` 0 when upright; `sop_instance_uids`
     and `instance_numbers` (D,) name the original of each slice; `notes` say in words what was unusual; `unreadable`
-    says of each image that is missing here why its pixels could not be read.
+    says of each image that is missing here why its pixels could not be read; `left_out` how many slices did not fit the
+    others, where these are more than scouts.
     """
 
     hounsfield: Hounsfield
@@ -67,6 +70,7 @@ class Volume:
     instance_numbers: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = ()
+    left_out: str = ""
 
     @property
     def slice_count(self) -> int:
@@ -123,8 +127,9 @@ def volume_from_datasets(datasets: Sequence[Dataset]) -> Volume:
     """Put the instances of one CT series together.
 
     Handles gantry tilt, reversed and duplicate positions, gaps, missing ImagePositionPatient and enhanced multi-frame
-    CT, and says so in `notes`. Images whose pixels cannot be read are left out and listed in `unreadable`; raises
-    PixelDataError when there is no other, VolumeError when there is nothing to stack.
+    CT, and says so in `notes`. Slices of another orientation or matrix are left out, and `left_out` tells when they are
+    more than scouts. Images whose pixels cannot be read are left out and listed in `unreadable`; raises PixelDataError
+    when there is no other, VolumeError when there is nothing to stack.
     """
     slices: list[_Slice] = []
     unreadable: list[PixelDataError] = []
@@ -138,8 +143,10 @@ def volume_from_datasets(datasets: Sequence[Dataset]) -> Volume:
     if not slices:
         raise VolumeError("the series has no image; nothing can be analysed")
     notes: list[str] = []
+    count = len(slices)
     slices = _same_matrix(slices, notes)
     slices, cosines = _same_orientation(slices, notes)
+    left_out = _left_out(count - len(slices), count)
     normal = np.cross(cosines[:3], cosines[3:])
     orientation = _plane_name(normal)
     positions = _positions(slices, normal, notes)
@@ -182,6 +189,7 @@ def volume_from_datasets(datasets: Sequence[Dataset]) -> Volume:
         instance_numbers=tuple(numbers),
         notes=tuple(notes),
         unreadable=tuple(str(error) for error in unreadable),
+        left_out=left_out,
     )
 
 
@@ -197,12 +205,17 @@ def _planes(ds: Dataset) -> list[_Slice]:
     if int(ds.get("SamplesPerPixel", 1)) != 1:
         raise PixelDataError(f"instance {uid} is a colour image, not CT")
     number = int(ds.get("InstanceNumber") or 0)
-    if pixels.ndim == 2:
+    shared, frames = ds.get("SharedFunctionalGroupsSequence"), ds.get("PerFrameFunctionalGroupsSequence")
+    if pixels.ndim == 2 and not shared and not frames:
         return [_plane(ds, ds, pixels, uid, number)]
-    shared = (ds.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    frames = ds.get("PerFrameFunctionalGroupsSequence") or [Dataset()] * len(pixels)
+    if pixels.ndim == 2:  # NumberOfFrames 1: functional groups place and scale it all the same (PS3.3 C.7.6.16)
+        pixels = pixels[np.newaxis]
+    else:
+        number = 1
+    groups_of_all = (shared or [Dataset()])[0]
+    frames = frames or [Dataset()] * len(pixels)
     return [
-        _plane(ds, _frame_attributes(ds, shared, frame), pixels[i], uid, i + 1)
+        _plane(ds, _frame_attributes(ds, groups_of_all, frame), pixels[i], uid, number + i)
         for i, frame in enumerate(frames[: len(pixels)])
     ]
 
@@ -262,6 +275,13 @@ def _same_matrix(slices: list[_Slice], notes: list[str]) -> list[_Slice]:
     if len(kept) < len(slices):
         notes.append(f"{len(slices) - len(kept)} images of another matrix than {usual[0]}x{usual[1]} left out")
     return kept
+
+
+def _left_out(odd: int, count: int) -> str:
+    """What is told of odd slices that are more than scouts: a tilt that changes leaves out a part of the head."""
+    if odd <= MOST_SCOUTS:
+        return ""
+    return f"{odd} of {count} slices left out, of another orientation or matrix than the others"
 
 
 def _same_orientation(slices: list[_Slice], notes: list[str]) -> tuple[list[_Slice], NDArray[np.float64]]:

@@ -5,8 +5,11 @@ Reasons for closing:
 - `released-and-not-a-stack`: the same, and nothing in it is a plane of a stack (localizer, report, secondary capture,
   enhanced multi-frame), so that there is nothing to wait for;
 - `announced-and-complete`: every association that sent it is gone, and everything is there that a procedure step
-  (MPPS) or an availability notification said belongs to it; while some of that is missing, evenness does not count;
+  (MPPS) or an availability notification said belongs to it;
 - `quiet`: no new image for the quiet period, whatever else.
+
+While something is known to be missing (announced, broken off or refused, and not there), or after its sender's
+connection broke, nothing but quiet closes it, and the event says what is missing.
 """
 
 import heapq
@@ -36,6 +39,8 @@ from receiver.record import (
     Pause,
     Recorder,
     SeriesKey,
+    await_instances,
+    awaited,
     close_series,
     mark_published,
     open_series,
@@ -53,7 +58,7 @@ QUIET: Final = "quiet"
 ANNOUNCED_AND_COMPLETE: Final = "announced-and-complete"
 
 MOST_ANNOUNCED: Final = 200_000
-"""SOP Instance UIDs announced of series that are not open, some 30 MB; the oldest announcements are forgotten."""
+"""SOP Instance UIDs known to be missing of series that are not open, some 30 MB; the oldest are forgotten."""
 
 
 # --- state machine ---------------------------------------------------------------------------------------------------
@@ -80,10 +85,14 @@ class _Series:
     """Longest pause between its release and its next new image, of those that a rest can bridge."""
     announced: bool = False
     missing: set[str] = field(default_factory=set)
-    """SOP Instance UIDs that are announced and not there."""
+    """SOP Instance UIDs that are announced, broken off or refused, and not there."""
+    more_missing: bool = False
+    """Since the ledger was last told."""
     resumed: bool = False
     cut_off: bool = False
-    """The process ended while it was sent, so that its sender, who was cut off, is waited for."""
+    """The process or a connection ended while it was sent, so that its sender, who was cut off, is waited for."""
+    broken: bool = False
+    """It was the one that was being sent when the connection broke."""
     released: str | None = None
     """Reason for which it may close once it is released; None until looked at."""
     looked_at: bool = False
@@ -101,7 +110,23 @@ class _Series:
 
     def announce(self, sop_instance_uids: Iterable[str]) -> None:
         self.announced = True
-        self.missing.update(uid for uid in sop_instance_uids if not self.holds(uid))
+        self.miss(sop_instance_uids)
+
+    def miss(self, sop_instance_uids: Iterable[str]) -> None:
+        new = {uid for uid in sop_instance_uids if not self.holds(uid)} - self.missing
+        self.missing |= new
+        self.more_missing = self.more_missing or bool(new)
+
+    def what_is_missing(self) -> tuple[str, ...]:
+        """In words."""
+        words = []
+        if len(self.missing) == 1:
+            words.append("1 instance was announced or sent and is not there")
+        elif self.missing:
+            words.append(f"{len(self.missing)} instances were announced or sent and are not there")
+        if self.broken:
+            words.append("the connection of its sender broke before a release")
+        return tuple(words)
 
     def reason(self, fewest: int) -> str | None:
         if not self.looked_at:
@@ -125,6 +150,8 @@ class Closed:
     """The rest that it was given."""
     largest_gap_s: float | None
     """The longest pause that it showed; None when it was not seen from its beginning."""
+    missing: tuple[str, ...]
+    """What is known to be missing, in words."""
 
 
 class Assembly:
@@ -139,11 +166,12 @@ class Assembly:
         self._quiet_s = quiet_s
         self._fewest = min_even_slices
         self._open: dict[SeriesKey, _Series] = {}
-        self._sent_over: dict[int, set[SeriesKey]] = {}
+        self._sent_over: dict[int, dict[SeriesKey, None]] = {}  # by association, what was sent last at the end
         self._alarms: list[tuple[float, SeriesKey]] = []
         self._released_at: OrderedDict[SeriesKey, float] = OrderedDict()  # of series that were closed just now
-        self._announced: OrderedDict[str, set[str]] = OrderedDict()  # by Series Instance UID, of what is not open
-        self._announced_count = 0
+        # by Series Instance UID, of what is not open: whether that was announced, and SOP Instance UIDs
+        self._missing: OrderedDict[str, tuple[bool, set[str]]] = OrderedDict()
+        self._missing_count = 0
 
     def __contains__(self, key: SeriesKey) -> bool:
         return key in self._open
@@ -171,19 +199,36 @@ class Assembly:
             if entry.pause_s < pause_s <= self._settling.max_s:
                 entry.pause_s = pause_s
                 self._settling.note(sender, key, pause_s)
+        if association not in entry.associations:  # its sender is back
+            entry.cut_off = entry.broken = False
         entry.add(header)
         entry.associations.add(association)
         entry.senders.add(sender)
         entry.released_at = None
         entry.last_image = entry.last_change = now
-        self._sent_over.setdefault(association, set()).add(key)
+        self._note_sent(association, key)
         return opened
 
-    def resume(self, key: SeriesKey, now: float) -> None:
+    def not_stored(self, sop_instance_uid: str, key: SeriesKey | None, association: int) -> None:
+        """An instance broke off or was refused; where nobody can tell its series, it is of the one sent last."""
+        if key is not None:
+            self._note_sent(association, key)
+        elif (sent := self._sent_over.get(association)) is not None:
+            key = next(reversed(sent))
+        else:
+            return
+        entry = self._open.get(key)
+        if entry is not None:
+            entry.miss([sop_instance_uid])
+        else:
+            self._remember(key[1], [sop_instance_uid], announced=False)
+
+    def resume(self, key: SeriesKey, now: float, missing: Iterable[str] = ()) -> None:
         """Open a series again that was open when the process ended, and give its sender time to come back."""
         if key not in self._open:
             entry = self._opened(key, now)
             entry.resumed = entry.cut_off = True
+        self._open[key].miss(missing)
 
     def earlier(self, key: SeriesKey, headers: Iterable[InstanceHeader]) -> None:
         """Add what the store already held of an open series."""
@@ -200,34 +245,46 @@ class Assembly:
         entry = self._open.get(key)
         return entry.planes.keys() | entry.others if entry is not None else set()
 
-    def announce(self, series_instance_uid: str, sop_instance_uids: Collection[str]) -> None:
+    def more_missing(self, key: SeriesKey) -> list[str]:
+        """What is known to be missing of an open series; nothing where no more is than when this was last asked."""
+        entry = self._open[key]
+        more, entry.more_missing = entry.more_missing, False
+        return sorted(entry.missing) if more else []
+
+    def announce(self, series_instance_uid: str, sop_instance_uids: Collection[str]) -> list[SeriesKey]:
         """Somebody who knows says what belongs to a series, which may be yet to come, open, or closed.
 
-        What several announcements say adds up. One that comes after the series was closed changes nothing.
+        What several announcements say adds up. One that comes after the series was closed changes nothing. Returns the
+        open series that it is about.
         """
         if not sop_instance_uids:
-            return
-        is_open = False
-        for key, entry in self._open.items():
-            if key[1] == series_instance_uid:
-                is_open = True
-                entry.announce(sop_instance_uids)
-                self._set_alarm(key, entry)
-        if not is_open:
-            self._remember(series_instance_uid, sop_instance_uids)
+            return []
+        keys = [key for key in self._open if key[1] == series_instance_uid]
+        for key in keys:
+            self._open[key].announce(sop_instance_uids)
+            self._set_alarm(key, self._open[key])
+        if not keys:
+            self._remember(series_instance_uid, sop_instance_uids, announced=True)
+        return keys
 
-    def association_ended(self, association: int, now: float) -> None:
-        """An association was released or aborted, or its connection is gone."""
-        for key in self._sent_over.pop(association, ()):
+    def association_ended(self, association: int, now: float, broken: bool = False) -> list[SeriesKey]:
+        """An association was ended by its sender or has `broken`; returns the open series that it sent."""
+        keys = []
+        sent = self._sent_over.pop(association, {})
+        for key in sent:
             entry = self._open.get(key)
             if entry is None or association not in entry.associations:
                 continue
+            keys.append(key)
             entry.associations.remove(association)
-            entry.cut_off = False
+            if broken:
+                entry.cut_off = True
+                entry.broken = entry.broken or key == next(reversed(sent))
             entry.last_change = now
             if not entry.associations:
                 entry.released_at = now
             self._set_alarm(key, entry)
+        return keys
 
     def due(self, now: float) -> list[Closed]:
         """Close what is due, in the order of the deadlines."""
@@ -292,10 +349,10 @@ class Assembly:
 
     def _opened(self, key: SeriesKey, now: float) -> _Series:
         entry = self._open[key] = _Series(last_image=now, last_change=now)
-        announced = self._announced.pop(key[1], None)
-        if announced is not None:
-            self._announced_count -= len(announced)
-            entry.announce(announced)
+        announced, missing = self._missing.pop(key[1], (False, set()))
+        self._missing_count -= len(missing)
+        entry.announced = announced
+        entry.miss(missing)
         self._set_alarm(key, entry, now + self._quiet_s)
         return entry
 
@@ -306,25 +363,31 @@ class Assembly:
             for sender in entry.senders:
                 self._settling.note(sender, key, 0.0)
         if entry.missing:  # what comes late may still complete it
-            self._remember(key[1], entry.missing)
+            self._remember(key[1], entry.missing, entry.announced)
         if entry.released_at is not None:
             self._released_at[key] = entry.released_at
         del self._open[key]
-        return Closed(due_at, key, reason, settle_s, entry.pause_s if seen else None)
+        return Closed(due_at, key, reason, settle_s, entry.pause_s if seen else None, entry.what_is_missing())
 
     def _forget_released(self, now: float) -> None:
         """A pause longer than the longest rest teaches nothing."""
         while self._released_at and next(iter(self._released_at.values())) < now - self._settling.max_s:
             self._released_at.popitem(last=False)
 
-    def _remember(self, series_instance_uid: str, sop_instance_uids: Iterable[str]) -> None:
-        announced = self._announced.pop(series_instance_uid, set())
-        self._announced_count -= len(announced)
-        announced.update(sop_instance_uids)
-        self._announced[series_instance_uid] = announced
-        self._announced_count += len(announced)
-        while self._announced_count > MOST_ANNOUNCED or len(self._announced) > MOST_ANNOUNCED // 50:
-            self._announced_count -= len(self._announced.popitem(last=False)[1])
+    def _remember(self, series_instance_uid: str, sop_instance_uids: Iterable[str], announced: bool) -> None:
+        before, missing = self._missing.pop(series_instance_uid, (False, set()))
+        self._missing_count -= len(missing)
+        missing.update(sop_instance_uids)
+        self._missing[series_instance_uid] = before or announced, missing
+        self._missing_count += len(missing)
+        while self._missing_count > MOST_ANNOUNCED or len(self._missing) > MOST_ANNOUNCED // 50:
+            _, (_, forgotten) = self._missing.popitem(last=False)
+            self._missing_count -= len(forgotten)
+
+    def _note_sent(self, association: int, key: SeriesKey) -> None:
+        sent = self._sent_over.setdefault(association, {})
+        sent.pop(key, None)
+        sent[key] = None
 
 
 # --- thread ----------------------------------------------------------------------------------------------------------
@@ -396,17 +459,28 @@ class SeriesAssembler:
                 header, sender, at = arrival.header, arrival.calling_ae_title, arrival.received_at
                 self._recorder.submit(lambda connection: open_series(connection, key, header, sender, at))
 
-    def association_ended(self, association: int) -> None:
-        """Nothing more comes over this association."""
+    def not_stored(self, sop_instance_uid: str, key: SeriesKey | None, association: int) -> None:
+        """An instance broke off or was refused; its series where that is known."""
         with self._changed:
-            self._assembly.association_ended(association, self._clock())
+            self._assembly.not_stored(sop_instance_uid, key, association)
+
+    def association_ended(self, association: int, broken: bool = False) -> None:
+        """Nothing more comes over this association, which its sender has ended, or which has `broken`."""
+        with self._changed:
+            self._keep_missing(self._assembly.association_ended(association, self._clock(), broken))
             self._wake_if_earlier()
 
     def announce(self, series_instance_uid: str, sop_instance_uids: Collection[str]) -> None:
         """These instances belong to the series, says an MPPS or an availability notification; any time is right."""
         with self._changed:
-            self._assembly.announce(series_instance_uid, sop_instance_uids)
+            self._keep_missing(self._assembly.announce(series_instance_uid, sop_instance_uids))
             self._wake_if_earlier()
+
+    def _keep_missing(self, keys: Iterable[SeriesKey]) -> None:
+        """What is known to be missing outlives the process; what comes meanwhile the next one finds in the store."""
+        for key in keys:
+            if uids := self._assembly.more_missing(key):
+                self._recorder.submit(_awaiting(key, uids))
 
     def holds(self, study_instance_uid: str) -> bool:
         """Whether a series of this study is open, so that more of it may come."""
@@ -422,8 +496,12 @@ class SeriesAssembler:
 
     def _left_over(self, connection: Connection) -> "_LeftOver":
         """What the last process left: files without a row, series that are open, series not yet published."""
-        restore_index(connection, self._store)
-        return _LeftOver(still_open(connection), unpublished(connection), pauses_seen(connection, REMEMBERED_SERIES))
+        try:
+            restore_index(connection, self._store)
+        except (StoreError, OSError) as error:  # what the ledger has is taken up all the same
+            log.error("files without a row are not restored: %s; run `herald reconcile --rebuild`", error)
+        pauses = pauses_seen(connection, REMEMBERED_SERIES)
+        return _LeftOver(still_open(connection), awaited(connection), unpublished(connection), pauses)
 
     def _resume(self, done: "Future[_LeftOver]") -> None:
         if done.exception():
@@ -433,7 +511,7 @@ class SeriesAssembler:
             for pause in done.result().pauses:
                 self._settling.note(pause.calling_ae_title, pause.key, pause.largest_gap_s)
             for key in keys:
-                self._assembly.resume(key, self._clock())
+                self._assembly.resume(key, self._clock(), done.result().awaited.get(key, ()))
             self._unread.update(keys)
             self._to_publish.extend(events)
             self._changed.notify()
@@ -462,7 +540,9 @@ class SeriesAssembler:
 
     def _close(self, closed: Closed, at: datetime) -> None:
         def statement(connection: Connection) -> SeriesReceived | None:
-            return close_series(connection, closed.key, closed.reason, at, closed.settle_s, closed.largest_gap_s)
+            return close_series(
+                connection, closed.key, closed.reason, at, closed.settle_s, closed.largest_gap_s, closed.missing
+            )
 
         self._recorder.submit(statement).add_done_callback(self._closed)
 
@@ -471,11 +551,12 @@ class SeriesAssembler:
         if event is None:
             return
         log.info(
-            "series %s revision %d closed: %d instances, %s",
+            "series %s revision %d closed: %d instances, %s%s",
             event.series_instance_uid,
             event.revision,
             event.instance_count,
             event.close_reason,
+            "".join(f"; {what}" for what in event.missing),
         )
         with self._changed:
             self._to_publish.append(event)
@@ -530,8 +611,13 @@ class _LeftOver:
     """What an earlier process left in the ledger."""
 
     open: list[SeriesKey]
+    awaited: dict[SeriesKey, list[str]]
     unpublished: list[SeriesReceived]
     pauses: list[Pause]
+
+
+def _awaiting(key: SeriesKey, sop_instance_uids: list[str]) -> Callable[[Connection], None]:
+    return lambda connection: await_instances(connection, key, sop_instance_uids)
 
 
 def _marked(event: SeriesReceived, at: datetime) -> Callable[[Connection], None]:

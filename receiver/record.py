@@ -7,7 +7,7 @@ commit, and while the ledger is down the queue keeps order and nobody is blocked
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
@@ -165,6 +165,11 @@ def open_series(
     connection.execute(insert(series).values(row))
 
 
+def await_instances(connection: Connection, key: SeriesKey, sop_instance_uids: Sequence[str]) -> None:
+    """Keep what is known to be missing of an open series; what has come by the next start is found in the store."""
+    connection.execute(update(series).where(_is_open(key)).values(awaited=list(sop_instance_uids)))
+
+
 def close_series(
     connection: Connection,
     key: SeriesKey,
@@ -172,6 +177,7 @@ def close_series(
     at: datetime,
     settle_s: float | None = None,
     largest_gap_s: float | None = None,
+    missing: Sequence[str] = (),
 ) -> SeriesReceived | None:
     """Close the open revision and say what is to be published; None when none is open."""
     row = connection.execute(select(series).where(_is_open(key))).mappings().first()
@@ -194,6 +200,7 @@ def close_series(
         "close_reason": reason,
         "settle_s": settle_s,
         "largest_gap_s": largest_gap_s,
+        "missing": list(missing),
     }
     connection.execute(update(series).where(_is_open(key)).values(closed))
     return _event({**row, **closed})
@@ -216,6 +223,13 @@ def still_open(connection: Connection) -> list[SeriesKey]:
     """The series with an open revision."""
     rows = select(series.c.study_instance_uid, series.c.series_instance_uid).where(series.c.closed_at.is_(None))
     return [(study, uid) for study, uid in connection.execute(rows)]
+
+
+def awaited(connection: Connection) -> dict[SeriesKey, list[str]]:
+    """SOP Instance UIDs that were known to be missing of the series with an open revision."""
+    rows = select(series.c.study_instance_uid, series.c.series_instance_uid, series.c.awaited)
+    found = connection.execute(rows.where(series.c.closed_at.is_(None)))
+    return {(study, uid): uids for study, uid, uids in found if uids}
 
 
 def pauses_seen(connection: Connection, most: int) -> list[Pause]:
@@ -253,6 +267,7 @@ def _event(row: RowMapping | dict[str, Any]) -> SeriesReceived:
         close_reason=row["close_reason"],
         first_image_at=row["first_image_at"],
         last_image_at=row["last_image_at"],
+        missing=tuple(row["missing"] or ()),
     )
 
 

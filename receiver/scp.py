@@ -168,7 +168,7 @@ class StorageServer:
 
     def ended(self, association: ReceivingAssociation) -> None:
         """Nothing more comes over this association."""
-        self.assembler.association_ended(id(association))
+        self.assembler.association_ended(id(association), broken=not association.ended_by_sender)
 
     def _accepted(self, event: evt.Event) -> None:
         refused = sorted({str(context.abstract_syntax) for context in event.assoc.rejected_contexts})
@@ -253,11 +253,11 @@ class Reception:
             self._refused = refusal
 
     def write(self, fragment: memoryview) -> None:
-        """Take a fragment; of an instance that is refused already, nothing is kept."""
-        if self._refused is not None or self._incoming is None:
-            return
+        """Take a fragment; of an instance that is refused already, only the head is kept, which says what it is."""
         if len(self._head) < HEAD_BYTES:
             self._head += fragment[: HEAD_BYTES - len(self._head)]
+        if self._refused is not None or self._incoming is None:
+            return
         self._pieces.append(fragment)
         if len(self._pieces) >= MOST_PIECES:
             self.let_go()
@@ -294,6 +294,7 @@ class Reception:
         """The association ended within the data set: its sender knows that nothing was stored."""
         uid = printable(self._request.sop_instance_uid)
         log.warning("%s left within instance %s; nothing of it is kept", self._association.who, uid)
+        self._miss(whole=False)
         self._close()
 
     def _close(self) -> None:
@@ -379,11 +380,23 @@ class Reception:
         with contextlib.suppress(NotDicomError):  # a header that is longer than what is kept, if it is one at all
             self._read = read_head(bytes(self._head), self._transfer_syntax)
 
+    def _miss(self, whole: bool) -> None:
+        """Tell the assembler of an instance that is not stored, and of which series, if what there is of it says so."""
+        if self._read is None:
+            self._read_head()
+        key = None
+        if self._read is not None and (whole or self._read.whole):  # else a UID may be cut off
+            header = self._read.header
+            if header.study_instance_uid and header.series_instance_uid:
+                key = header.study_instance_uid, header.series_instance_uid
+        self._server.assembler.not_stored(self._request.sop_instance_uid, key, id(self._association))
+
     def _refuse(self, status: StoreStatus, reason: str) -> tuple[int, str]:
         """Log and record a refusal; returns status and ErrorComment (PS3.7 C)."""
         _ANSWERED[status].inc()
         uid, association = printable(self._request.sop_instance_uid), self._association
         log.error("refused instance %s of %s with %s: %s", uid, association.who, status.words, reason)
+        self._miss(whole=True)
         self._server.reject(
             Rejection(
                 occurred_at=utc_now(),

@@ -284,6 +284,9 @@ class ReceivingAssociation(Association):
     calling_ae_title = ""
     """What the requestor calls itself; empty until it has."""
 
+    ended_by_sender = False
+    """It was released or aborted by the requestor, rather than that the connection broke."""
+
     @property
     def called_ae_title(self) -> str:
         """Whom the requestor called."""
@@ -366,6 +369,7 @@ class ReceivingAssociation(Association):
         while self.is_established and self.receive():
             self._serve_messages()
             if self.acse.is_release_requested():
+                self.ended_by_sender = True
                 self._end()  # before the answer: the series may settle from now on
                 self.acse.send_release(is_response=True)
                 self.is_released, self.is_established = True, False
@@ -465,6 +469,7 @@ class ReceivingAssociation(Association):
             return True
         if length > MOST_CONTROL_BYTES:
             raise ProtocolError(f"a PDU of type {kind} claims {length} bytes")
+        self.ended_by_sender = kind == _ABORT
         try:
             self.dul.received(first + self._reader.take(length))
         except InvalidEventError as error:

@@ -36,6 +36,13 @@ def too_few(count: int, min_slices: int) -> tuple[str, ...]:
     return (f"too few slices: {count}, a head scan has at least {min_slices} (router.min_slices)",)
 
 
+def too_many(count: int, most_images: int) -> tuple[str, ...]:
+    """The reason why a series of `count` images is no head scan, if so."""
+    if count <= most_images:
+        return ()
+    return (f"too many images: {count}, a head scan has at most {most_images} (router.most_images)",)
+
+
 def is_localizer(ds: Dataset) -> bool:
     """Whether ImageType calls the instance a scout (PS3.3 C.8.2.1.1.1, value 3)."""
     return "LOCALIZER" in [str(value).upper() for value in ds.get("ImageType") or ()]

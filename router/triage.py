@@ -1,16 +1,20 @@
 """The main line of Herald: one series in, one disposition out."""
 
+from collections.abc import Sequence
 from functools import partial
+
+from pydicom.dataset import Dataset
 
 from herald import __version__
 from herald.config import RouterConfig
+from herald.errors import StoreError
 from herald.events import SeriesReceived, SeriesTriaged, utc_now
 from herald.header import header_claim
 from herald.signatures import FINDINGS
 from herald.store import StudyStore
 from herald.volume import detection_input, protocol_batch, read_datasets, slabs, volume_from_datasets
 from router.decision import decide
-from router.eligibility import axial_candidates, too_few
+from router.eligibility import axial_candidates, too_few, too_many
 from router.facts import series_facts
 from router.findings import findings, prediction
 from router.inference import InferenceClient
@@ -25,7 +29,10 @@ def triage_series(
     makes it `failed`.
     """
     triaged = partial(_about(received), started_at=utc_now())
+    if obstacles := too_many(received.instance_count, config.most_images):  # reading it could exhaust the memory
+        return triaged(disposition="not_eligible", reasons=obstacles)
     datasets = read_datasets(store.series_paths(received.study_instance_uid, received.series_instance_uid))
+    _require_whole(received, datasets, store)
     slices, obstacles = axial_candidates(datasets, config.min_slices)
     if obstacles:
         claim = header_claim(datasets[0], "") if datasets else {}
@@ -69,12 +76,25 @@ def triage_series(
         model_versions={"protocol": classified.version, "hemorrhage": detected.version},
     )
     positive = float(detected.probability[FINDINGS.index("any")]) >= config.operating_point
-    incomplete = tuple(f"incomplete: {len(volume.unreadable)} images left out, {why}" for why in volume.unreadable[:1])
+    incomplete = tuple(f"incomplete: {what}" for what in received.missing)
+    incomplete += tuple(f"incomplete: {len(volume.unreadable)} images left out, {why}" for why in volume.unreadable[:1])
+    if volume.left_out:
+        incomplete += (f"incomplete: {volume.left_out}",)
     return triaged(
         disposition="positive" if positive else "negative",
         reasons=decision.reasons + incomplete,
         uncertain=decision.uncertain or bool(incomplete),
     )
+
+
+def _require_whole(received: SeriesReceived, datasets: Sequence[Dataset], store: StudyStore) -> None:
+    """Raise StoreError where the store shows less than was received: a lost mount looks like an empty folder."""
+    found = len({str(ds.get("SOPInstanceUID")) for ds in datasets})  # not files: one instance may have conflicting ones
+    if found < received.instance_count:
+        raise StoreError(
+            f"series {received.series_instance_uid}: {found} of {received.instance_count} instances are under "
+            f"{store.root}; check store.root, its mount and the rights on it, and run `herald reconcile`"
+        )
 
 
 def failed(received: SeriesReceived, error: BaseException) -> SeriesTriaged:

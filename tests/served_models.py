@@ -50,7 +50,7 @@ def _write(out: Path) -> None:
             }
 
     class Hemorrhage(tf.Module):
-        """Each slice answers with the highest of the five slices around it: mask, smoothed slice mean, study maximum."""
+        """Each slice answers with the highest of the five slices around it; the means of slices are smoothed."""
 
         @tf.function(input_signature=[tf.TensorSpec((None, None, None), tf.int16, name="volume")])
         def serve(self, volume):

@@ -1,5 +1,6 @@
 """Every instance is accounted for, or named with the reason; and what happened can be told step by step."""
 
+import errno
 import os
 import re
 import time
@@ -7,6 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom import dcmread
@@ -17,6 +19,7 @@ from sqlalchemy import Table, delete, insert, select, update
 import herald.reconcile
 from herald.bus import open_bus
 from herald.config import Config, LedgerConfig
+from herald.errors import StoreError
 from herald.events import Disposition, SeriesReceived, SeriesTriaged, utc_now
 from herald.ledger import Ledger, deliveries, instances, metadata, open_ledger, pages, results, reviews, series
 from herald.reconcile import GRACE_S, REBUILT, reconcile
@@ -207,6 +210,44 @@ def test_a_file_in_the_store_that_is_no_dicom_is_named_and_left_alone(config: Co
     assert found.unaccounted == 1
     assert "9.9.dcm" in found.problems[0]
     assert stray.exists()
+
+
+def deny(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have the folder of this name be unreadable, for root too."""
+    scan = os.scandir
+
+    def scandir(folder: Path | str) -> Any:
+        if Path(folder).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr("herald.reconcile.os.scandir", scandir)
+
+
+def test_a_folder_of_the_disk_beside_the_studies_is_passed_over(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    triage(config, received(config, ct_series(8)))
+    (config.store.root / "lost+found").mkdir(mode=0o700)
+    deny(monkeypatch, "lost+found")
+    found = reconcile(config, rebuild=True)
+    assert (found.dispositions, found.unaccounted) == ({"negative": 8}, 0)
+    assert "lost+found" not in caplog.text
+
+
+def test_an_unreadable_study_costs_no_other_its_recovery_and_is_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unreadable, other = received(config, ct_series(8)), received(config, ct_series(9))
+    run(config, delete(instances), delete(series))
+    deny(monkeypatch, unreadable.study_instance_uid)
+    with receiving(replace(config, receiver=replace(config.receiver, quiet_s=0.3))) as receiver:
+        (again,) = receiver.bus.wait_for(1)
+    assert (again.series_instance_uid, again.instance_count) == (other.series_instance_uid, 9)
+    (named,) = [r.getMessage() for r in caplog.records if unreadable.study_instance_uid in r.getMessage()]
+    assert "Permission denied; check the disk and the rights on store.root" in named
+    with pytest.raises(StoreError, match=unreadable.study_instance_uid):
+        reconcile(config)
 
 
 def test_what_retention_has_removed_is_accounted_for(config: Config) -> None:

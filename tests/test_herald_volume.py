@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import dcmread
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import EnhancedCTImageStorage, ExplicitVRLittleEndian
 
 from herald.errors import NotDicomError, PixelDataError, VolumeError
 from herald.volume import (
@@ -50,6 +51,33 @@ def instances(tmp_path: Path) -> Callable[[int], list[Dataset]]:
         return [dcmread(path) for path in paths]
 
     return make
+
+
+def enhanced_frame(number: int) -> Dataset:
+    """An Enhanced CT instance with one frame of 40 HU at 5 mm times its number (PS3.3 A.38)."""
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = EnhancedCTImageStorage, f"1.2.3.{number}"
+    ds.InstanceNumber, ds.NumberOfFrames = number, 1
+    ds.Rows = ds.Columns = SIDE
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+    ds.PixelData = np.full((SIDE, SIDE), 1064, "<u2").tobytes()
+    shared, frame = Dataset(), Dataset()
+    shared.PixelValueTransformationSequence = [item(RescaleSlope=1, RescaleIntercept=-1024, RescaleType="HU")]
+    shared.PlaneOrientationSequence = [item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]
+    shared.PixelMeasuresSequence = [item(PixelSpacing=[0.4, 0.4])]
+    frame.PlanePositionSequence = [item(ImagePositionPatient=[0, 0, 5.0 * number])]
+    ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], [frame]
+    return ds
+
+
+def item(**elements: object) -> Dataset:
+    ds = Dataset()
+    for keyword, value in elements.items():
+        setattr(ds, keyword, value)
+    return ds
 
 
 def levels(volume: Volume) -> list[int]:
@@ -114,6 +142,28 @@ def test_a_scout_within_the_series_is_left_out(instances) -> None:
     volume = volume_from_datasets(datasets)
     assert volume.slice_count == 8
     assert any("another orientation" in note for note in volume.notes)
+
+
+def test_more_slices_of_another_orientation_or_matrix_than_scouts_are_told_as_left_out(instances) -> None:
+    datasets = instances(20)
+    assert volume_from_datasets(datasets).left_out == ""
+    for ds in datasets[:2]:
+        ds.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+    assert volume_from_datasets(datasets).left_out == "", "a frontal and a lateral scout"
+    for ds in datasets[2:5]:
+        ds.Rows, ds.PixelData = SIDE // 2, ds.PixelData[: len(ds.PixelData) // 2]
+    volume = volume_from_datasets(datasets)
+    assert volume.slice_count == 15
+    assert "5 of 20 slices left out" in volume.left_out
+
+
+def test_an_enhanced_instance_of_one_frame_is_scaled_and_placed_by_its_functional_groups() -> None:
+    volume = volume_from_datasets([enhanced_frame(number) for number in (3, 1, 2)])
+    assert levels(volume) == [40, 40, 40]
+    assert volume.positions_mm.tolist() == [5.0, 10.0, 15.0]
+    assert volume.pixel_spacing_mm == (0.4, 0.4)
+    assert volume.instance_numbers == (1, 2, 3)
+    assert volume.notes == ()
 
 
 def test_an_image_without_pixels_is_left_out_and_named(instances) -> None:

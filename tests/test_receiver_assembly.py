@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from receiver_fakes import ListBus, config_under, ct_series, ct_slice, receiving, send_all
 
+from herald.errors import StoreError
 from herald.instance import InstanceHeader, Plane, read_header
 from receiver.assembly import QUIET, RELEASED_AND_EVEN, RELEASED_AND_NOT_A_STACK, Assembly, Closed
 from receiver.geometry import is_even
@@ -369,3 +370,28 @@ def test_a_series_that_was_open_is_taken_up_by_the_next_process(tmp_path: Path) 
         send_all(receiver.port, images[15:])
         (event,) = receiver.bus.wait_for(1)
     assert (event.revision, event.instance_count, event.close_reason) == (1, 16, RELEASED_AND_EVEN)
+
+
+def test_a_store_that_cannot_be_read_at_the_start_holds_back_nothing_that_the_ledger_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed, still_open, bus = ct_series(8), ct_series(16), ListBus()
+    bus.down = True
+    with receiving(config_under(tmp_path), bus) as receiver:
+        send_all(receiver.port, closed)
+        bus.wait_refused()
+    with receiving(config_under(tmp_path, settle_s=60.0), bus) as receiver:
+        send_all(receiver.port, still_open[:15])
+
+    def broken(*_: object) -> int:
+        raise StoreError("cannot read the store: Input/output error")
+
+    monkeypatch.setattr("receiver.assembly.restore_index", broken)
+    with receiving(config_under(tmp_path)) as receiver:
+        send_all(receiver.port, still_open[15:])
+        events = receiver.bus.wait_for(2)
+    assert {(event.series_instance_uid, event.instance_count) for event in events} == {
+        (closed[0].SeriesInstanceUID, 8),
+        (still_open[0].SeriesInstanceUID, 16),
+    }
+    assert "Input/output error; run `herald reconcile --rebuild`" in caplog.text

@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from receiver_fakes import ct_slice
 from served_models import build, eventually
 from sqlalchemy import RowMapping, insert, select
 
@@ -19,6 +21,7 @@ from herald.errors import ConfigError, LedgerError, ServingError, ServingUnavail
 from herald.events import SeriesReceived, SeriesTriaged
 from herald.ledger import Ledger, open_ledger, vitals
 from herald.signatures import SIGNATURES
+from herald.store import StudyStore
 from router import vital
 from router.inference import InferenceClient
 from router.service import serve
@@ -216,6 +219,9 @@ def test_the_router_triages_while_its_ledger_cannot_be_reached(tmp_path: Path, s
     thread = threading.Thread(target=serve, args=(config, stop))
     bus = open_bus(config.bus)
     now = datetime.now(UTC)
+    content = BytesIO()
+    ct_slice("1.2.3", "1.2.3.4", 0.0).save_as(content, enforce_file_format=True)
+    StudyStore(config.store).write_instance("1.2.3", "1.2.3.4", "1.2.3.4.1", [content.getvalue()])
     bus.publish(
         SeriesReceived(
             study_instance_uid="1.2.3",

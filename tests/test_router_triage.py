@@ -1,0 +1,137 @@
+"""From a complete series to its disposition: what is missing, left out or too much is never taken for a whole head."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset
+from receiver_fakes import ct_series
+
+from herald.config import RouterConfig, StoreConfig
+from herald.errors import StoreError
+from herald.events import SeriesReceived, SeriesTriaged
+from herald.signatures import FINDINGS, HEADS
+from herald.store import StudyStore
+from router.inference import HemorrhagePrediction, ProtocolProbabilities
+from router.triage import triage_series
+
+TILTED = [1.0, 0.0, 0.0, 0.0, float(np.cos(np.radians(15))), float(np.sin(np.radians(15)))]
+
+
+class HealthyHeads:
+    """Models to which every series is a head to be searched, without a bleed."""
+
+    def classify_protocol(self, _volumes: Any) -> ProtocolProbabilities:
+        sure = {
+            head: {name: 0.96 if name == classes[0] else 0.02 for name in classes} for head, classes in HEADS.items()
+        }
+        return ProtocolProbabilities(sure, "1")
+
+    def detect_hemorrhage(self, volume: Any) -> HemorrhagePrediction:
+        chance = np.full((len(volume), len(FINDINGS)), 0.1, np.float32)
+        mask = np.zeros((*volume.shape, len(FINDINGS)), np.uint8)
+        return HemorrhagePrediction(mask, chance, chance.max(axis=0), "1")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StudyStore:
+    return StudyStore(StoreConfig(root=tmp_path / "store", min_free_gb=0.0))
+
+
+def stored(store: StudyStore, images: Sequence[Dataset]) -> list[Path]:
+    paths = []
+    for image in images:
+        encoded = BytesIO()
+        image.save_as(encoded, enforce_file_format=True)
+        uids = str(image.StudyInstanceUID), str(image.SeriesInstanceUID), str(image.SOPInstanceUID)
+        paths.append(store.write_instance(*uids, [encoded.getvalue()]).path)
+    return paths
+
+
+def triaged(store: StudyStore, images: Sequence[Dataset], count: int | None = None) -> SeriesTriaged:
+    """The disposition of the images' series, of which the receiver counted `count` instances."""
+    received = SeriesReceived(
+        study_instance_uid=str(images[0].StudyInstanceUID),
+        series_instance_uid=str(images[0].SeriesInstanceUID),
+        revision=1,
+        accession_number="",
+        modality="CT",
+        scanner="",
+        calling_ae_title="CT1",
+        instance_count=len(images) if count is None else count,
+        close_reason="quiet",
+        first_image_at=datetime.now(UTC),
+        last_image_at=datetime.now(UTC),
+    )
+    models: Any = HealthyHeads()
+    return triage_series(received, store, models, RouterConfig())
+
+
+def test_a_whole_head_without_a_bleed_is_negative_and_certain(store: StudyStore) -> None:
+    images = ct_series(10)
+    stored(store, images)
+    event = triaged(store, images)
+    assert (event.disposition, event.uncertain, event.reasons) == ("negative", False, ())
+
+
+@pytest.mark.parametrize("there", [0, 9])
+def test_fewer_instances_in_the_store_than_were_received_are_retried_and_never_a_disposition(
+    store: StudyStore, there: int
+) -> None:
+    images = ct_series(10)
+    stored(store, images[:there])
+    with pytest.raises(StoreError, match=f"{there} of 10 instances .* store.root") as raised:
+        triaged(store, images)
+    assert raised.value.retriable
+    assert str(images[0].SeriesInstanceUID) in str(raised.value)
+
+
+def test_another_file_of_the_same_instance_stands_for_no_missing_one(store: StudyStore) -> None:
+    images = ct_series(10)
+    gone = stored(store, images)[9]
+    images[0].PixelData = bytes(128)
+    stored(store, images[:1])
+    assert triaged(store, images).disposition == "negative", "11 files of 10 instances"
+    gone.unlink()
+    with pytest.raises(StoreError, match="9 of 10 instances"):
+        triaged(store, images)
+
+
+def test_images_that_came_after_the_series_was_closed_make_it_no_less_whole(store: StudyStore) -> None:
+    images = ct_series(10)
+    stored(store, images)
+    assert triaged(store, images, count=9).disposition == "negative"
+
+
+def test_a_tilt_that_changes_within_the_series_makes_it_incomplete_and_uncertain(store: StudyStore) -> None:
+    images = ct_series(32)
+    for image in images[:14]:
+        image.ImageOrientationPatient = TILTED
+    stored(store, images)
+    event = triaged(store, images)
+    assert (event.disposition, event.uncertain, event.slice_count) == ("negative", True, 18)
+    assert event.reasons == ("incomplete: 14 of 32 slices left out, of another orientation or matrix than the others",)
+
+
+def test_two_scouts_within_the_series_make_it_no_less_certain(store: StudyStore) -> None:
+    images = ct_series(12)
+    for image in images[:2]:
+        image.ImageOrientationPatient = [0.0, 1.0, 0.0, 0.0, 0.0, -1.0]
+    stored(store, images)
+    event = triaged(store, images)
+    assert (event.uncertain, event.reasons, event.slice_count) == (False, (), 10)
+
+
+def test_a_series_of_more_images_than_any_head_is_not_eligible_and_nothing_of_it_is_read(
+    store: StudyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.triage.read_datasets", lambda _: pytest.fail("it is read"))
+    images = ct_series(1)
+    stored(store, images)
+    event = triaged(store, images, count=6000)
+    assert event.disposition == "not_eligible"
+    assert event.reasons == ("too many images: 6000, a head scan has at most 2000 (router.most_images)",)
