@@ -222,7 +222,9 @@ def assert_log_is_clean(log: str) -> None:
 
 
 def dcmtk(program: str) -> str:
-    path = shutil.which(program)
+    # not in a virtual environment, where pynetdicom has programs of the same names
+    folders = [folder for folder in os.get_exec_path() if not Path(folder, "activate").exists()]
+    path = shutil.which(program, path=os.pathsep.join(folders))
     if path is None:
         message = f"dcmtk's {program} is missing; `make tools` installs it"
         if os.environ.get("CI"):
