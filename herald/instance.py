@@ -30,6 +30,9 @@ from pydicom.valuerep import TEXT_VR_DELIMS
 
 from herald.errors import NotDicomError, StoreError
 
+MOST_SCOUTS = 2
+"""Images of another orientation or matrix that are no part of a scan: a frontal and a lateral scout."""
+
 _SPECIFIC_CHARACTER_SET = 0x00080005
 _IMAGE_TYPE = 0x00080008
 _SOP_CLASS_UID = 0x00080016

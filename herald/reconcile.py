@@ -5,14 +5,13 @@ which address an instance came, how often, and what retention has removed.
 """
 
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydicom.filereader import read_file_meta_info
 from sqlalchemy import Connection, RowMapping, Select, and_, func, insert, select
@@ -34,7 +33,6 @@ GRACE_S = 60.0
 """How much longer than its own limits a step may take before an instance that waits for it is unaccounted."""
 ROWS_AT_ONCE = 500
 
-T = TypeVar("T")
 SeriesKey = tuple[str, str]
 Progress = Callable[[int, int], None]
 Unreadable = Callable[[StoreError], None]
@@ -181,37 +179,36 @@ def _instance_files(root: Path, unreadable: Unreadable = _refuse) -> Iterator[tu
 
     Only folders named by UIDs hold any: others are the disk's own, as `lost+found`, or set aside by retention.
     """
-    for study in _listed(root, _uid_folders, unreadable):
-        for one in _listed(root / study, _uid_folders, unreadable):
-            for name, size in _listed(root / study / one, _sizes, unreadable):
-                yield f"{study}/{one}/{name}", size
+    for study in filter(is_uid, _names(root, unreadable)):
+        for one in filter(is_uid, _names(root / study, unreadable)):
+            for name in _names(root / study / one, unreadable):
+                if name.endswith(INSTANCE_SUFFIX) and (size := _size(root / study / one / name)) is not None:
+                    yield f"{study}/{one}/{name}", size
 
 
-def _listed(folder: Path, what: Callable[[Iterator["os.DirEntry[str]"]], list[T]], unreadable: Unreadable) -> list[T]:
-    """What lies in a folder, in order; nothing where it was removed meanwhile."""
+def _names(folder: Path, unreadable: Unreadable) -> list[str]:
+    """What lies in a folder, in order; nothing where it was removed meanwhile, or is none."""
     try:
-        with os.scandir(folder) as found:
-            return what(found)
-    except FileNotFoundError:
+        return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        unreadable(StoreError(f"cannot read {folder}: {error.strerror}; check the disk and the rights on store.root"))
+        unreadable(_cannot_read(folder, error))
         return []
-
-
-def _uid_folders(found: Iterator["os.DirEntry[str]"]) -> list[str]:
-    return sorted(entry.name for entry in found if is_uid(entry.name) and entry.is_dir())
-
-
-def _sizes(found: Iterator["os.DirEntry[str]"]) -> list[tuple[str, int]]:
-    return sorted((file.name, file.stat().st_size) for file in found if file.name.endswith(INSTANCE_SUFFIX))
 
 
 def _size(path: Path) -> int | None:
+    """None where the file is gone."""
     try:
         return path.stat().st_size
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+
+
+def _cannot_read(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"cannot read {path}: {error.strerror}; check the disk and the rights on store.root")
 
 
 # --- accounting ------------------------------------------------------------------------------------------------------

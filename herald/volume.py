@@ -19,11 +19,10 @@ from pydicom.multival import MultiValue
 from scipy import ndimage
 
 from herald.errors import NotDicomError, PixelDataError, VolumeError
+from herald.instance import MOST_SCOUTS
 from herald.signatures import IN_PLANE, PROTOCOL_SLICES
 
 AIR_HOUNSFIELD = -1024
-MOST_SCOUTS = 2
-"""Images of another orientation or matrix that are no part of the scan: a frontal and a lateral scout."""
 
 Hounsfield = NDArray[np.int16]
 
@@ -206,16 +205,16 @@ def _planes(ds: Dataset) -> list[_Slice]:
         raise PixelDataError(f"instance {uid} is a colour image, not CT")
     number = int(ds.get("InstanceNumber") or 0)
     shared, frames = ds.get("SharedFunctionalGroupsSequence"), ds.get("PerFrameFunctionalGroupsSequence")
-    if pixels.ndim == 2 and not shared and not frames:
-        return [_plane(ds, ds, pixels, uid, number)]
-    if pixels.ndim == 2:  # NumberOfFrames 1: functional groups place and scale it all the same (PS3.3 C.7.6.16)
-        pixels = pixels[np.newaxis]
+    if pixels.ndim == 2:
+        if not shared and not frames:
+            return [_plane(ds, ds, pixels, uid, number)]
+        pixels, first = pixels[np.newaxis], number  # one frame has functional groups too (PS3.3 C.7.6.16)
     else:
-        number = 1
+        first = 1
     groups_of_all = (shared or [Dataset()])[0]
     frames = frames or [Dataset()] * len(pixels)
     return [
-        _plane(ds, _frame_attributes(ds, groups_of_all, frame), pixels[i], uid, number + i)
+        _plane(ds, _frame_attributes(ds, groups_of_all, frame), pixels[i], uid, first + i)
         for i, frame in enumerate(frames[: len(pixels)])
     ]
 

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from herald.instance import Plane
+from herald.instance import MOST_SCOUTS, Plane
 
 SAME_ORIENTATION: Final = 0.05
 """Largest difference of direction cosines within one stack."""
@@ -25,8 +25,6 @@ MOST_STACKS: Final = 3
 """Head protocols change their spacing or tilt once or twice, as from 4 mm in the posterior fossa to 7 mm above."""
 FEWEST_STEPS: Final = 3
 """Fewest equal steps that make a stack of their own."""
-MOST_SCOUTS: Final = 2
-"""Images of another orientation that are no stack: a frontal and a lateral scout."""
 
 
 def is_even(planes: Collection[Plane | None], fewest: int) -> bool:

@@ -76,10 +76,9 @@ def triage_series(
         model_versions={"protocol": classified.version, "hemorrhage": detected.version},
     )
     positive = float(detected.probability[FINDINGS.index("any")]) >= config.operating_point
-    incomplete = tuple(f"incomplete: {what}" for what in received.missing)
-    incomplete += tuple(f"incomplete: {len(volume.unreadable)} images left out, {why}" for why in volume.unreadable[:1])
-    if volume.left_out:
-        incomplete += (f"incomplete: {volume.left_out}",)
+    unreadable = [f"{len(volume.unreadable)} images left out, {why}" for why in volume.unreadable[:1]]
+    lacking = [*received.missing, *unreadable, *filter(None, [volume.left_out])]
+    incomplete = tuple(f"incomplete: {what}" for what in lacking)
     return triaged(
         disposition="positive" if positive else "negative",
         reasons=decision.reasons + incomplete,

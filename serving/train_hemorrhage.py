@@ -274,9 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sets:
         patients = [p for source in args.sets for p in load_patients(args.data, args.work / "prepared", source)]
         _, aside = split(patients, 0, args.folds)
-        weights = args.weights or _of_fold(
-            args.work, 0, args.folds
-        )  # the shipped ones have seen whom fold 0 keeps aside
+        # the shipped ones have seen whom fold 0 keeps aside
+        weights = args.weights or _of_fold(args.work, 0, args.folds)
         Console().print_json(json.dumps(compare(load(weights), aside, *args.sets)))
     if args.evaluate:
         page = args.report or args.work / "report.html"

@@ -8,7 +8,6 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydicom import dcmread
@@ -214,14 +213,14 @@ def test_a_file_in_the_store_that_is_no_dicom_is_named_and_left_alone(config: Co
 
 def deny(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Have the folder of this name be unreadable, for root too."""
-    scan = os.scandir
+    list_names = os.listdir
 
-    def scandir(folder: Path | str) -> Any:
+    def listdir(folder: Path | str) -> list[str]:
         if Path(folder).name == name:
             raise PermissionError(errno.EACCES, "Permission denied", str(folder))
-        return scan(folder)
+        return list_names(folder)
 
-    monkeypatch.setattr("herald.reconcile.os.scandir", scandir)
+    monkeypatch.setattr("os.listdir", listdir)  # which Path.iterdir asks
 
 
 def test_a_folder_of_the_disk_beside_the_studies_is_passed_over(

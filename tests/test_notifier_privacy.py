@@ -19,17 +19,16 @@ from pydicom._dicom_dict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from receiver_fakes import config_under, ct_slice, receiving, send_all
+from router_fakes import FixedModels
 
 from herald.config import ChannelName, PagingStep, RouterConfig
 from herald.events import SeriesTriaged
-from herald.signatures import FINDINGS, HEADS
 from herald.store import StudyStore
 from notifier.channels import Message, open_channel
 from notifier.channels.webui import WebuiChannel
 from notifier.message import page_text
 from notifier.picture import key_slice
 from notifier.record import page_id
-from router.inference import HemorrhagePrediction, ProtocolProbabilities
 from router.triage import triage_series
 
 ACCESSION_NUMBER = "ZQACC7X9Y8W6V5U4"
@@ -145,23 +144,6 @@ class Markers:
         return value
 
 
-class FixedModels:
-    """Stands for the model server: a non-contrast axial head of soft kernel, with a bleed."""
-
-    def classify_protocol(self, _volumes: Any) -> ProtocolProbabilities:
-        sure = {
-            head: {name: 0.96 if name == classes[0] else 0.02 for name in classes} for head, classes in HEADS.items()
-        }
-        return ProtocolProbabilities(sure, "1")
-
-    def detect_hemorrhage(self, volume: Any) -> HemorrhagePrediction:
-        mask = np.zeros((*volume.shape, len(FINDINGS)), np.uint8)
-        mask[len(volume) // 2, 100:140, 120:160, :2] = 250
-        chance = np.full((len(volume), len(FINDINGS)), 0.1, np.float32)
-        chance[len(volume) // 2, :2] = 0.97
-        return HemorrhagePrediction(mask, chance, chance.max(axis=0), "1")
-
-
 class Lines(logging.Handler):
     """Everything that is logged, with tracebacks."""
 
@@ -200,7 +182,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     with listening() as lines, receiving(config_under(tmp_path_factory.mktemp("node"))) as receiver:
         assert send_all(receiver.port, datasets) == [0] * SLICES
         (received,) = receiver.bus.wait_for(1)
-        models: Any = FixedModels()
+        models: Any = FixedModels(bleeds=True)
         event = triage_series(received, receiver.store, models, RouterConfig())
     assert event.disposition == "positive", event.reasons
     return Study(event, receiver.store, markers.values, uids, lines.text)

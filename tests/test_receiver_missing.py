@@ -9,11 +9,11 @@ import pytest
 from pydicom.dataset import Dataset
 from receiver_fakes import Receiver, association, config_under, ct_series, receiving, send_all
 from receiver_faults import ABORTED, RawSender, store_pdus
-from test_router_triage import HealthyHeads
+from router_fakes import FixedModels, received
 
 from herald.config import RouterConfig
 from herald.errors import StoreFullError
-from herald.events import SeriesReceived, event_from_json, utc_now
+from herald.events import SeriesReceived, event_from_json
 from herald.instance import InstanceHeader, Plane
 from receiver.assembly import ANNOUNCED_AND_COMPLETE, QUIET, RELEASED_AND_EVEN, Assembly, Closed
 from receiver.settle import Settling
@@ -167,7 +167,7 @@ def test_a_resumed_series_still_misses_what_the_store_does_not_hold() -> None:
 
 
 def triaged(receiver: Receiver, event: SeriesReceived) -> Any:
-    models: Any = HealthyHeads()
+    models: Any = FixedModels(bleeds=False)
     return triage_series(event, receiver.store, models, RouterConfig())
 
 
@@ -299,20 +299,7 @@ def test_what_was_missing_of_a_closed_series_is_published_by_the_next_process(tm
 
 
 def test_an_event_of_an_earlier_version_misses_nothing() -> None:
-    event = SeriesReceived(
-        study_instance_uid="1.2",
-        series_instance_uid="1.3",
-        revision=1,
-        accession_number="",
-        modality="CT",
-        scanner="",
-        calling_ae_title="CT1",
-        instance_count=1,
-        close_reason=QUIET,
-        first_image_at=utc_now(),
-        last_image_at=utc_now(),
-        missing=ONE_MISSING,
-    )
+    event = received(missing=ONE_MISSING)
     body = json.loads(event.to_json())
     assert body.pop("missing") == list(ONE_MISSING)
     assert event_from_json(json.dumps(body).encode()) == replace(event, missing=())

@@ -1,7 +1,6 @@
 """From a complete series to its disposition: what is missing, left out or too much is never taken for a whole head."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,31 +9,15 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 from receiver_fakes import ct_series
+from router_fakes import FixedModels, received
 
 from herald.config import RouterConfig, StoreConfig
 from herald.errors import StoreError
-from herald.events import SeriesReceived, SeriesTriaged
-from herald.signatures import FINDINGS, HEADS
+from herald.events import SeriesTriaged
 from herald.store import StudyStore
-from router.inference import HemorrhagePrediction, ProtocolProbabilities
 from router.triage import triage_series
 
 TILTED = [1.0, 0.0, 0.0, 0.0, float(np.cos(np.radians(15))), float(np.sin(np.radians(15)))]
-
-
-class HealthyHeads:
-    """Models to which every series is a head to be searched, without a bleed."""
-
-    def classify_protocol(self, _volumes: Any) -> ProtocolProbabilities:
-        sure = {
-            head: {name: 0.96 if name == classes[0] else 0.02 for name in classes} for head, classes in HEADS.items()
-        }
-        return ProtocolProbabilities(sure, "1")
-
-    def detect_hemorrhage(self, volume: Any) -> HemorrhagePrediction:
-        chance = np.full((len(volume), len(FINDINGS)), 0.1, np.float32)
-        mask = np.zeros((*volume.shape, len(FINDINGS)), np.uint8)
-        return HemorrhagePrediction(mask, chance, chance.max(axis=0), "1")
 
 
 @pytest.fixture
@@ -54,21 +37,13 @@ def stored(store: StudyStore, images: Sequence[Dataset]) -> list[Path]:
 
 def triaged(store: StudyStore, images: Sequence[Dataset], count: int | None = None) -> SeriesTriaged:
     """The disposition of the images' series, of which the receiver counted `count` instances."""
-    received = SeriesReceived(
+    event = received(
         study_instance_uid=str(images[0].StudyInstanceUID),
         series_instance_uid=str(images[0].SeriesInstanceUID),
-        revision=1,
-        accession_number="",
-        modality="CT",
-        scanner="",
-        calling_ae_title="CT1",
         instance_count=len(images) if count is None else count,
-        close_reason="quiet",
-        first_image_at=datetime.now(UTC),
-        last_image_at=datetime.now(UTC),
     )
-    models: Any = HealthyHeads()
-    return triage_series(received, store, models, RouterConfig())
+    models: Any = FixedModels(bleeds=False)
+    return triage_series(event, store, models, RouterConfig())
 
 
 def test_a_whole_head_without_a_bleed_is_negative_and_certain(store: StudyStore) -> None:

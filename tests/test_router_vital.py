@@ -12,13 +12,14 @@ from typing import Any
 import grpc
 import pytest
 from receiver_fakes import ct_slice
+from router_fakes import received
 from served_models import build, eventually
 from sqlalchemy import RowMapping, insert, select
 
 from herald.bus import open_bus
 from herald.config import BusConfig, Config, LedgerConfig, RouterConfig, ServingConfig, StoreConfig
 from herald.errors import ConfigError, LedgerError, ServingError, ServingUnavailable
-from herald.events import SeriesReceived, SeriesTriaged
+from herald.events import SeriesTriaged
 from herald.ledger import Ledger, open_ledger, vitals
 from herald.signatures import SIGNATURES
 from herald.store import StudyStore
@@ -218,25 +219,10 @@ def test_the_router_triages_while_its_ledger_cannot_be_reached(tmp_path: Path, s
     stop = threading.Event()
     thread = threading.Thread(target=serve, args=(config, stop))
     bus = open_bus(config.bus)
-    now = datetime.now(UTC)
     content = BytesIO()
     ct_slice("1.2.3", "1.2.3.4", 0.0).save_as(content, enforce_file_format=True)
     StudyStore(config.store).write_instance("1.2.3", "1.2.3.4", "1.2.3.4.1", [content.getvalue()])
-    bus.publish(
-        SeriesReceived(
-            study_instance_uid="1.2.3",
-            series_instance_uid="1.2.3.4",
-            revision=1,
-            accession_number="",
-            modality="CT",
-            scanner="",
-            calling_ae_title="CT1",
-            instance_count=1,
-            close_reason="quiet",
-            first_image_at=now,
-            last_image_at=now,
-        )
-    )
+    bus.publish(received())
     thread.start()
     try:
         delivery = bus.fetch("test", ("results",), timeout_s=60)

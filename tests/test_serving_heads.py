@@ -255,7 +255,7 @@ def test_an_empty_cell_counts_nothing_and_patients_stay_on_one_side(tmp_path: Pa
     assert not np.array_equal(volumes, Source({"site": [series[1]]}, heads, {"site": 1.0}, 7, 2).batch(0)[0])
 
     same = [replace(one, patient="c0ffee") for one in series]
-    assert held_out(same) in ((same, []), ([], same))
+    assert held_out(same) == ([], same)
     many = [replace(series[0], patient=f"{i:012x}") for i in (*range(10, 30), 12)]
     trained, aside = held_out(many)
     assert [one.patient[-2:] for one in aside] == ["0a", "0f", "14", "19"]

@@ -3,10 +3,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from router_fakes import received
 from sqlalchemy import func, select, text
 from webui_site import Site, triaged
 
-from herald.events import SeriesReceived, utc_now
 from herald.ledger import results
 
 
@@ -86,19 +86,7 @@ def test_a_body_that_is_no_such_result_is_refused_with_the_reason(site, body, re
 
 def test_another_kind_of_event_is_refused_by_its_name(site):
     event = triaged(1)
-    other = SeriesReceived(
-        study_instance_uid=event.study_instance_uid,
-        series_instance_uid=event.series_instance_uid,
-        revision=1,
-        accession_number="",
-        modality="CT",
-        scanner="",
-        calling_ae_title="",
-        instance_count=1,
-        close_reason="quiet",
-        first_image_at=utc_now(),
-        last_image_at=utc_now(),
-    )
+    other = received(study_instance_uid=event.study_instance_uid, series_instance_uid=event.series_instance_uid)
     answer = put_raw(site, event, other.to_json())
     assert answer.status_code == 400
     assert "got a SeriesReceived" in answer.json["error"]

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import router_fakes
 from served_models import eventually
 from sqlalchemy import event, insert, select, update
 from webui_browser import CONTRAST, DESKTOP, PHONE, UNNAMED, fits, log_in, open_page
@@ -297,19 +298,12 @@ def words_of(html: str) -> str:
 
 
 def received(number: int = 1) -> SeriesReceived:
-    now = utc_now()
-    return SeriesReceived(
+    return router_fakes.received(
         study_instance_uid=f"{ROOT}.{number}",
         series_instance_uid=f"{ROOT}.{number}.1",
-        revision=1,
         accession_number=f"ACC{number:05d}",
-        modality="CT",
         scanner="CT-EMERGENCY",
-        calling_ae_title="CT1",
         instance_count=24,
-        close_reason="quiet",
-        first_image_at=now,
-        last_image_at=now,
     )
 
 
