@@ -101,6 +101,8 @@ class BusConfig:
     """How long a retriable error is retried before the event becomes a dead letter."""
     retry_first_s: float = 0.5
     """First pause before a retry; it doubles each time up to 30 s."""
+    most_attempts: int = 5
+    """How often an event is begun whose process ends in the midst of it, before it becomes a dead letter."""
 
 
 @dataclass(frozen=True)

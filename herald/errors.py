@@ -4,6 +4,7 @@ HeraldError
 ├── ConfigError             a setting is unknown, ill-typed or missing
 ├── BusError                the bus cannot be reached or refuses            (retriable)
 │   └── EventDecodeError    a message is not one of our events
+├── NeverFinished           an event ended the process of its handler each time
 ├── LedgerError             the relational record cannot be reached         (retriable)
 ├── StoreError              files cannot be written or read                 (retriable)
 │   └── StoreFullError      less disk is free than the watermark            (retriable)
@@ -43,6 +44,10 @@ class EventDecodeError(BusError):
     """Raised when a message on the bus is not one of our events."""
 
     retriable = False
+
+
+class NeverFinished(HeraldError):
+    """Told of an event whose handler was begun again and again, and each time its process ended."""
 
 
 class LedgerError(HeraldError):

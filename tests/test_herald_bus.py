@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -296,9 +297,10 @@ def test_several_threads_publish_through_one_bus(bus: Bus) -> None:
 def test_a_released_delivery_comes_again_before_later_ones_of_its_study(bus: Bus) -> None:
     for number in (1, 2):
         bus.publish(received(number=number))
-    bus.release(take(bus))
+    for _ in range(3):
+        bus.release(take(bus))
     again = take(bus)
-    assert (again.event, again.attempt) == (received(number=1), 2)
+    assert (again.event, again.attempt) == (received(number=1), 1), "what is given back in order does not count"
     bus.ack(again)
     assert take(bus).event == received(number=2)
 
@@ -537,7 +539,7 @@ def test_an_error_that_may_pass_is_retried_until_it_has_passed(bus: Bus) -> None
             raise LedgerError("the database restarts")
 
     bus.publish(received())
-    with serving(bus, {SeriesReceived: work}):
+    with serving(bus, {SeriesReceived: work}, dataclasses.replace(FAST, most_attempts=1)):  # these are retries
         record.wait(4)
         eventually(lambda: bus.backlog("router", "series") == 0)
     assert bus.dead_letters("series") == []
@@ -640,6 +642,40 @@ def test_a_stop_during_a_pause_before_a_retry_leaves_the_event_to_the_next_start
     assert take(bus).event == received()
 
 
+def test_however_often_a_service_is_stopped_in_order_its_event_is_not_given_up(
+    another_bus: Callable[[], Bus],
+) -> None:
+    attempts = Record()
+
+    def work(event: Event) -> None:
+        attempts(event)
+        raise LedgerError("the database restarts")
+
+    another_bus().publish(received())
+    for stops in range(3):
+        bus = another_bus()
+        with serving(bus, {SeriesReceived: work}, BusConfig(retry_first_s=60.0, most_attempts=1)):
+            attempts.wait(stops + 1)
+        bus.close()
+    bus = another_bus()
+    assert take(bus).attempt == 1
+    assert bus.dead_letters("series") == []
+
+
+def test_a_handler_that_exits_its_process_has_begun_and_not_finished(bus: Bus, another_bus: Callable[[], Bus]) -> None:
+    attempts, exits = Record(), another_bus()
+
+    def work(event: Event) -> None:
+        attempts(event)
+        raise SystemExit(1)
+
+    bus.publish(received())
+    with pytest.raises(SystemExit), serving(exits, {SeriesReceived: work}):
+        attempts.wait(1)
+    exits.close()
+    assert take(bus).attempt == 2
+
+
 def test_a_stop_lets_the_handler_at_work_finish(bus: Bus) -> None:
     begun, finished = threading.Event(), threading.Event()
 
@@ -724,37 +760,92 @@ def test_a_long_job_keeps_its_event(bus: Bus, monkeypatch: pytest.MonkeyPatch) -
 
 
 CONSUMER = """
-import sys, threading
+import os, signal, sys, threading
+import herald.bus
 from herald.bus import handle, open_bus
 from herald.config import BusConfig
 from herald.events import SeriesReceived
 
-def work(event):
+def hang(event):
     print(event.series_instance_uid, flush=True)
     threading.Event().wait()
 
-config = BusConfig(url=sys.argv[1])
-handle(open_bus(config), "router", {SeriesReceived: work}, threading.Event(), config)
+def die_of_the_first(event):
+    if event.series_instance_uid == "1.2.1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("handled", event.series_instance_uid, flush=True)
+
+def on_dead(event, error):
+    print("gave up", event.series_instance_uid, type(error).__name__, flush=True)
+
+def forgive(delivery):
+    forgive_delivery(delivery)
+    print("forgiven", flush=True)
+
+herald.bus._kept_alive.EVERY_S = 0.2
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+config = BusConfig(url=sys.argv[1], most_attempts=2)
+bus = open_bus(config)
+forgive_delivery, bus.forgive = bus.forgive, forgive
+handle(bus, "router", {SeriesReceived: globals()[sys.argv[2]]}, stop, config, on_dead)
 """
+
+
+@contextmanager
+def consumer_process(bus_url: str, handler: str) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
+    """A process of the group `router`, and what reads its next line; it is killed at the end of the block."""
+    command = [sys.executable, "-c", CONSUMER, bus_url, handler]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        output = process.stdout
+        assert output is not None
+        try:
+            yield process, lambda: output.readline().strip()
+        finally:
+            process.kill()
 
 
 def test_the_event_of_a_killed_process_comes_back_soon(bus: Bus, bus_url: str) -> None:
     for number in (1, 2):
         bus.publish(received(number=number))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(
-        [sys.executable, "-c", CONSUMER, bus_url], stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "1.2.1"
+    with consumer_process(bus_url, "hang") as (_, line):
+        assert line() == "1.2.1"
         assert bus_url.startswith("kafka") or nothing(bus)
-        process.kill()
     killed = time.monotonic()
-    for number in (1, 2):
+    for number, attempt in ((1, 2), (2, 1)):
         delivery = take(bus)
-        assert delivery.event == received(number=number)
+        assert (delivery.event, delivery.attempt) == (received(number=number), attempt)
         bus.ack(delivery)
     assert time.monotonic() - killed < (2.0 if bus_url.startswith("sqlite") else 20.0)
+
+
+def test_an_event_that_ends_its_process_each_time_is_given_up_and_holds_up_nothing(bus: Bus, bus_url: str) -> None:
+    for number in (1, 2):
+        bus.publish(received(number=number))
+    for _ in range(2):
+        with consumer_process(bus_url, "die_of_the_first") as (process, line):
+            assert line() == "", "it died before it could say anything"
+            assert process.wait(SOON_S) == -signal.SIGKILL
+        assert bus.dead_letters("series") == []
+    with consumer_process(bus_url, "die_of_the_first") as (_, line):
+        assert [line(), line()] == ["gave up 1.2.1 NeverFinished", "handled 1.2.2"]
+        eventually(lambda: bus.backlog("router", "series") == 0)
+    (letter,) = bus.dead_letters("series")
+    assert letter.error.startswith("NeverFinished: router began this 2 times")
+    assert letter.error.endswith("Mend the cause, then `herald dead-letters --replay`")
+    bus.replay(letter)
+    replayed = take(bus)
+    assert (replayed.event, replayed.attempt) == (received(number=1), 1)
+
+
+def test_a_process_that_is_killed_because_it_stops_too_slowly_has_not_begun(bus: Bus, bus_url: str) -> None:
+    bus.publish(received())
+    with consumer_process(bus_url, "hang") as (process, line):
+        assert line() == "1.2.1"
+        process.terminate()
+        assert line() == "forgiven"
+    assert take(bus).attempt == 1
 
 
 # Only SQLite
@@ -787,6 +878,14 @@ def test_sqlite_gives_the_event_of_a_silent_consumer_to_another_when_its_lease_e
     other.ack(again)
     assert nothing(other)
     other.close()
+
+
+def test_sqlite_does_not_count_what_a_living_consumer_could_neither_finish_nor_give_back(
+    sqlite_bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(herald.bus.sqlite, "LEASE_S", 0.2)
+    sqlite_bus.publish(received())
+    assert [take(sqlite_bus).attempt for _ in range(3)] == [1, 1, 1]
 
 
 def test_sqlite_names_a_missing_folder_and_goes_on_when_it_is_there(tmp_path: Path) -> None:
@@ -963,6 +1062,31 @@ def test_kafka_that_was_never_there_is_named_at_the_first_use() -> None:
         with pytest.raises(BusError, match=r"does not serve: .*refused; start the broker"):
             use()
     bus.close()
+
+
+def test_kafka_counts_for_the_group_and_only_what_a_consumer_that_has_left_it_had_begun(
+    kafka_servers: str, tmp_path: Path
+) -> None:
+    config = BusConfig(url=f"kafka://{kafka_servers}/{tmp_path.name}.")
+    first, second = open_bus(config), open_bus(config)
+    for index in range(40):
+        first.publish(received(f"1.{index}"))
+    out = [take(first) for _ in range(herald.bus.kafka.PARTITIONS)]  # one of each
+    assert {delivery.attempt for delivery in out} == {1}
+    moved: list[Delivery] = []
+
+    def second_has_its_share() -> bool:
+        first.keep_alive(out[0])
+        delivery = second.fetch("router", ("series",), timeout_s=0.2)
+        moved.extend([delivery] if delivery is not None else [])
+        return len(moved) == herald.bus.kafka.PARTITIONS // 2
+
+    eventually(second_has_its_share)
+    assert {delivery.attempt for delivery in moved} == {1}, "the first lives: its partitions moved, and it did not die"
+    first.close()  # without giving back what it has begun, as when its process ends
+    inherited = [take(second) for _ in range(herald.bus.kafka.PARTITIONS // 2)]
+    assert {delivery.attempt for delivery in inherited} == {2}
+    second.close()
 
 
 @pytest.mark.parametrize("url", ["kafka://broker", "kafka://", "kafka://a:1,b", "bus.sqlite", "amqp://a:1"])

@@ -2,9 +2,10 @@
 
 `publish` returns when the event is durable. `handle` fetches, calls, and acknowledges after the effect. An error
 that is `retriable` backs off and is tried again for `retry_for_s`; then, or on any other error, the delivery goes to
-the dead letters with its traceback. A cause that is published again is delivered again with the same `event_id`, so
-consumers upsert on it. The very same event, as a publisher repeats it that died before it could note that it had
-published, is delivered once on SQLite; Kafka knows no ids of ours, delivers it again, and the upsert makes it one.
+the dead letters with its traceback. So does one that was begun `most_attempts` times and whose process ended each time
+before it was done. A cause that is published again is delivered again with the same `event_id`, so consumers upsert on
+it. The very same event, as a publisher repeats it that died before it could note that it had published, is delivered
+once on SQLite; Kafka knows no ids of ours, delivers it again, and the upsert makes it one.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from datetime import datetime
 from typing import Protocol
 
 from herald.config import BusConfig
-from herald.errors import BusError, ConfigError, EventDecodeError, HeraldError
+from herald.errors import BusError, ConfigError, EventDecodeError, HeraldError, NeverFinished
 from herald.events import Event, event_from_json
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Delivery:
     topic: str
     group: str
     attempt: int
+    """1, and one more for each consumer that began it and ended or fell silent before it finished or gave it back."""
     token: object
 
 
@@ -80,7 +82,7 @@ class Bus(Protocol):
         """The next delivery for the group, or None after `timeout_s` without one.
 
         Ordered per study: while one event of a study is out, no later one of that study is handed to the group.
-        A message that is not an event goes to the dead letters by itself.
+        A message that is not an event goes to the dead letters by itself. The attempt is durable on return.
         """
 
     def ack(self, delivery: Delivery) -> None:
@@ -90,7 +92,10 @@ class Bus(Protocol):
         """The handler still works on it: do not hand it to another consumer."""
 
     def release(self, delivery: Delivery) -> None:
-        """Give the delivery back undone: it is handed out again, to whoever comes first."""
+        """Give the delivery back undone, to whoever comes first; the attempt does not count."""
+
+    def forgive(self, delivery: Delivery) -> None:
+        """The handler still works on it and may be killed, but not because of it: the attempt does not count."""
 
     def dead_letter(self, delivery: Delivery, error: str, trace: str) -> None:
         """Put the delivery aside with its error, and acknowledge it."""
@@ -184,8 +189,9 @@ def _deliver(
     event = delivery.event
     name = f"{type(event).__name__} of series {event.series_instance_uid} revision {event.revision}"
     try:
-        with _kept_alive(bus, delivery):
-            error = _failure(event, name, handler, stop, config)
+        with _kept_alive(bus, delivery, stop):
+            given_up = delivery.attempt > config.most_attempts
+            error = _never_finished(delivery) if given_up else _failure(event, name, handler, stop, config)
             if error is None:
                 bus.ack(delivery)
                 return
@@ -194,11 +200,19 @@ def _deliver(
             if on_dead is not None:
                 _tell(event, name, error, on_dead, stop, config)
             bus.dead_letter(delivery, reason, "".join(traceback.format_exception(error)))
-    except BaseException as error:
+    except (_Stopped, BusError, KeyboardInterrupt) as error:  # whatever else comes here ends the process, and counts
         with contextlib.suppress(BusError):  # an unreachable bus hands it out again by itself
             bus.release(delivery)
         if not isinstance(error, _Stopped):
             raise
+
+
+def _never_finished(delivery: Delivery) -> NeverFinished:
+    return NeverFinished(
+        f"{delivery.group} began this {delivery.attempt - 1} times, and each time its process ended before it was done:"
+        " killed, out of memory, or a crash in a library; the logs of the service and of the kernel say which. Mend the"
+        " cause, then `herald dead-letters --replay`"
+    )
 
 
 def _failure(
@@ -258,8 +272,8 @@ class _kept_alive:  # noqa: N801 - reads as a phrase in the with statement
 
     EVERY_S = 5.0
 
-    def __init__(self, bus: Bus, delivery: Delivery) -> None:
-        self._bus, self._delivery = bus, delivery
+    def __init__(self, bus: Bus, delivery: Delivery, stop: threading.Event) -> None:
+        self._bus, self._delivery, self._stop = bus, delivery, stop
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="keep-alive", daemon=True)
 
@@ -274,5 +288,7 @@ class _kept_alive:  # noqa: N801 - reads as a phrase in the with statement
         while not self._done.wait(self.EVERY_S):
             try:
                 self._bus.keep_alive(self._delivery)
+                if self._stop.is_set():  # a supervisor kills whoever takes too long, whatever the event
+                    self._bus.forgive(self._delivery)
             except BusError as error:
                 log.warning("the claim on a delivery could not be renewed: %s", error)

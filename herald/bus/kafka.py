@@ -1,11 +1,13 @@
 """The bus on Apache Kafka: one topic per kind of event, keyed by study, acknowledged by committing the offset.
 
 The producer is idempotent and waits for all replicas. A consumer commits by hand, after the effect, one event at a
-time. Dead letters lie in `<topic>.dead-letter` with their reason in the headers; a replay leaves a mark there.
+time; and before it, where it stands, with a note of how often the event was begun and by whom. Dead letters lie in
+`<topic>.dead-letter` with their reason in the headers; a replay leaves a mark there.
 """
 
 import logging
 import math
+import secrets
 import socket
 import threading
 import time
@@ -110,6 +112,7 @@ class KafkaBus:
         self._servers = [_address(server) for server in servers.split(",")]
         self._where = servers
         self._prefix = prefix
+        self._name = f"herald-{secrets.token_hex(8)}"
         self._producing = threading.Lock()
         self._producer: Any = None
         self._consuming = threading.RLock()
@@ -161,7 +164,18 @@ class KafkaBus:
         """Give the delivery back undone: this consumer, or the partition's next owner, gets it again."""
         with self._consuming, self._answers(lambda: None):
             if delivery.group in self._consumers:
-                self._consumers[delivery.group].rewind(_record(delivery))
+                consumer, record = self._consumers[delivery.group], _record(delivery)
+                try:
+                    with suppress(*LOST):
+                        consumer.note(record, delivery.attempt - 1, "")
+                finally:
+                    consumer.rewind(record)
+
+    def forgive(self, delivery: Delivery) -> None:
+        """Do not count this attempt."""
+        with self._consuming, self._answers(lambda: None), suppress(*LOST):
+            if delivery.group in self._consumers:
+                self._consumers[delivery.group].note(_record(delivery), delivery.attempt - 1, self._name)
 
     def dead_letter(self, delivery: Delivery, error: str, trace: str) -> None:
         """Put the delivery aside with its error, and acknowledge it."""
@@ -259,6 +273,7 @@ class KafkaBus:
                 KafkaConsumer,
                 bootstrap_servers=self._servers,
                 group_id=self._prefix + group,
+                client_id=self._name,
                 metrics_enabled=False,
                 **CONSUMER,
                 **GROUP,
@@ -274,7 +289,7 @@ class KafkaBus:
             return None
         topic = record.partition.topic.removeprefix(self._prefix)
         try:
-            return Delivery(decode(topic, record.value), topic, group, consumer.attempt(record), record)
+            event = decode(topic, record.value)
         except EventDecodeError as error:
             try:
                 self._bury(topic, group, record, f"{type(error).__name__}: {error}", "")
@@ -283,6 +298,28 @@ class KafkaBus:
                 raise
             consumer.commit(record)
             return None
+        try:
+            attempt = self._begin(consumer, record, group)
+        except LOST:
+            consumer.rewind(record)
+            return None
+        except (KafkaError, BusError):
+            consumer.rewind(record)
+            raise
+        return Delivery(event, topic, group, attempt, record)
+
+    def _begin(self, consumer: "_Consumer", record: _Record, group: str) -> int:
+        """Note that the record is begun; its attempt. One by a consumer that still lives did not end its process."""
+        begun, by = consumer.noted(record)
+        attempt = max(begun, 1) if by and (by == self._name or self._lives(by, group)) else begun + 1
+        consumer.note(record, attempt, self._name)
+        return attempt
+
+    def _lives(self, name: str, group: str) -> bool:
+        """Whether the consumer is a member of the group: then its partition has only moved."""
+        with self._admin() as admin:
+            members = admin.describe_groups([self._prefix + group])[self._prefix + group]["members"]
+        return name in {member["client_id"] for member in members}
 
     def _bury(self, topic: str, group: str, record: _Record, error: str, trace: str) -> None:
         headers = {
@@ -404,7 +441,6 @@ class _Consumer:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._out: set[TopicPartition] = set()
-        self._attempts: dict[tuple[TopicPartition, int], int] = {}
         self.heard_at = self._assigned_at = time.monotonic()
 
     def idle_s(self) -> float:
@@ -436,20 +472,24 @@ class _Consumer:
             )
         return None
 
-    def attempt(self, record: _Record) -> int:
-        """How often this consumer has taken the record; Kafka does not count for the group."""
-        place = (record.partition, record.offset)
-        self._attempts[place] = self._attempts.get(place, 0) + 1
-        return self._attempts[place]
+    def noted(self, record: _Record) -> tuple[int, str]:
+        """How often the record has been begun in the group, and by whom last."""
+        here = self._client.committed(record.partition, metadata=True, timeout_ms=1000 * ANSWER_S)
+        if here is None or here.offset != record.offset:
+            return 0, ""
+        begun, _, by = here.metadata.partition(" ")
+        return int(begun) if begun.isdecimal() else 0, by
+
+    def note(self, record: _Record, begun: int, by: str) -> None:
+        """Write so; the group still stands before the record."""
+        self._commit(record.partition, record.offset, f"{begun} {by}")
 
     def commit(self, record: _Record) -> None:
         """Commit behind the record, and go on there."""
-        self._done(record)
+        self._out.discard(record.partition)
         place, behind = record.partition, record.offset + 1
         try:
-            if place not in self._client.assignment():
-                raise CommitFailedError
-            self._client.commit({place: OffsetAndMetadata(behind, "", -1)}, timeout_ms=1000 * ANSWER_S)
+            self._commit(place, behind, "")
         except LOST:
             log.warning("%s went to another consumer while an event of it was handled; it may be handled twice", place)
         except KafkaError:
@@ -457,7 +497,6 @@ class _Consumer:
             self.heard_at = -math.inf
             raise
         else:
-            self.heard_at = time.monotonic()
             if self._client.position(place, timeout_ms=1000 * ANSWER_S) != behind:
                 self._client.seek(place, behind)
 
@@ -472,9 +511,11 @@ class _Consumer:
         if record.partition in self._client.assignment():
             self._client.seek(record.partition, record.offset)
 
-    def _done(self, record: _Record) -> None:
-        self._out.discard(record.partition)
-        self._attempts.pop((record.partition, record.offset), None)
+    def _commit(self, partition: TopicPartition, offset: int, metadata: str) -> None:
+        if partition not in self._client.assignment():
+            raise CommitFailedError
+        self._client.commit({partition: OffsetAndMetadata(offset, metadata, -1)}, timeout_ms=1000 * ANSWER_S)
+        self.heard_at = time.monotonic()
 
     def close(self) -> None:
         with suppress(KafkaError):

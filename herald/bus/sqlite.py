@@ -76,9 +76,10 @@ CREATE TABLE IF NOT EXISTS dead_letters (
 );
 """
 
-# The first open message of a topic whose study nobody in the group is working on.
+# The first open message of a topic whose study nobody in the group is working on, and its attempt. What this very
+# consumer has begun, and could then neither finish nor give back, did not end its process: that does not count.
 NEXT = """
-SELECT m.seq, m.topic, m.study, m.body, coalesce(d.attempt, 0)
+SELECT m.seq, m.topic, m.study, m.body, coalesce(d.attempt - (d.owner = :owner), 0) + 1
 FROM messages m LEFT JOIN deliveries d ON d.group_name = :group AND d.topic = m.topic AND d.seq = m.seq
 WHERE m.topic = :topic AND m.seq > :done AND coalesce(m.only_group, :group) = :group
   AND (d.seq IS NULL OR (NOT d.acknowledged AND d.lease_until <= :now))
@@ -151,11 +152,15 @@ class SqliteBus:
 
     def keep_alive(self, delivery: Delivery) -> None:
         """Renew the lease."""
-        self._lease(delivery, time.time() + LEASE_S)
+        self._change(delivery, "lease_until = ?", time.time() + LEASE_S)
 
     def release(self, delivery: Delivery) -> None:
-        """Give the delivery back undone."""
-        self._lease(delivery, 0.0)
+        """Give the delivery back undone; nobody has it then."""
+        self._change(delivery, "lease_until = 0, owner = 0, attempt = ?", delivery.attempt - 1)
+
+    def forgive(self, delivery: Delivery) -> None:
+        """Do not count this attempt."""
+        self._change(delivery, "attempt = ?", delivery.attempt - 1)
 
     def dead_letter(self, delivery: Delivery, error: str, trace: str) -> None:
         """Put the delivery aside with its error, and acknowledge it."""
@@ -215,29 +220,31 @@ class SqliteBus:
                 presence.close()
             self._disconnect()
 
-    def _lease(self, delivery: Delivery, until: float) -> None:
+    def _change(self, delivery: Delivery, assignment: str, value: float) -> None:
+        """Change the row of a delivery that is still this consumer's."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE deliveries SET lease_until = ? WHERE group_name = ? AND topic = ? AND seq = ? AND owner = ?",
-                (until, delivery.group, delivery.topic, _seq(delivery), self._own_presence().owner),
+                f"UPDATE deliveries SET {assignment} WHERE group_name = ? AND topic = ? AND seq = ? AND owner = ?",
+                (value, delivery.group, delivery.topic, _seq(delivery), self._own_presence().owner),
             )
 
     def _claim(self, group: str, topics: tuple[str, ...]) -> Delivery | None:
         with self._connected() as db:
+            owner = self._own_presence().owner
             self._end_leases_of_the_dead(db, group)
-            if _next(db, group, topics) is None:  # most looks find nothing, and need no lock for it
+            if _next(db, group, topics, owner) is None:  # most looks find nothing, and need no lock for it
                 return None
         with self._transaction() as db:
             for topic in topics:  # a group is known, and nothing is pruned before it, from its first delivery
                 db.execute("INSERT OR IGNORE INTO progress VALUES (?, ?, 0)", (group, topic))
-            while (row := _next(db, group, topics)) is not None:
-                seq, topic, study, body, attempts = row
+            while (row := _next(db, group, topics, owner)) is not None:
+                seq, topic, study, body, attempt = row
                 db.execute(
                     "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
-                    (group, topic, seq, study, self._own_presence().owner, time.time() + LEASE_S, attempts + 1),
+                    (group, topic, seq, study, owner, time.time() + LEASE_S, attempt),
                 )
                 try:
-                    return Delivery(decode(topic, body), topic, group, attempts + 1, seq)
+                    return Delivery(decode(topic, body), topic, group, attempt, seq)
                 except EventDecodeError as error:
                     _bury(db, group, topic, seq, f"{type(error).__name__}: {error}", "")
         return None
@@ -362,11 +369,11 @@ def _done_through(db: sqlite3.Connection, group: str, topic: str) -> int:
     return 0 if row is None else int(row[0])
 
 
-def _next(db: sqlite3.Connection, group: str, topics: tuple[str, ...]) -> Row | None:
+def _next(db: sqlite3.Connection, group: str, topics: tuple[str, ...], owner: int) -> Row | None:
     found: list[Row] = []
+    at = {"group": group, "owner": owner, "now": time.time()}
     for topic in topics:
-        at = {"group": group, "topic": topic, "done": _done_through(db, group, topic), "now": time.time()}
-        found += db.execute(NEXT, at).fetchall()
+        found += db.execute(NEXT, {**at, "topic": topic, "done": _done_through(db, group, topic)}).fetchall()
     return min(found, default=None)
 
 
