@@ -218,7 +218,10 @@ def reconcile(
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file's bytes with its SHA-256.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Account for every instance: file, ledger, series revision, disposition. Exit status 1 when one is unaccounted."""
+    """Account for every instance: file, ledger, series revision, disposition.
+
+    Exit status 1 when one is unaccounted, or when a folder or file cannot be read.
+    """
     from herald.reconcile import reconcile as account
 
     with Progress(
@@ -232,8 +235,11 @@ def reconcile(
         for name, value in asdict(found).items():
             out.print(f"{name.replace('_', ' '):<24}{len(value) if isinstance(value, list | tuple) else value}")
         for line in found.problems:
-            err.print(f"[yellow]{line}")
-    raise typer.Exit(1 if found.unaccounted else 0)
+            err.print(line, style="yellow", markup=False, soft_wrap=True)
+        if found.unreadable:
+            unknown = "folders or files of the store cannot be read: what else lies there is not known"
+            err.print(f"[red]{found.unreadable} {unknown}", soft_wrap=True)
+    raise typer.Exit(1 if found.unaccounted or found.unreadable else 0)
 
 
 @app.command()

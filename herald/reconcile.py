@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ ROWS_AT_ONCE = 500
 
 SeriesKey = tuple[str, str]
 Progress = Callable[[int, int], None]
-Unreadable = Callable[[StoreError], None]
+Unreadable = Callable[[Path, StoreError], None]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class Reconciliation:
     rejected: int
     """Instances that were refused with a failure status; their sender knows."""
     unaccounted: int
+    unreadable: int
+    """Folders and files that cannot be read: what lies there and has no row is not known."""
     problems: tuple[str, ...]
-    """Why an instance is unaccounted, and what to do."""
+    """Why an instance is unaccounted or a place unreadable, and what to do."""
 
 
 def reconcile(
@@ -63,8 +66,9 @@ def reconcile(
 ) -> Reconciliation:
     """Account for every instance; `rebuild` first restores the ledger's rows from the files.
 
-    `verify` also computes every file's SHA-256 and calls `on_progress(done, total)` after each file. Raises
-    LedgerError or StoreError when either cannot be read.
+    `verify` also computes every file's SHA-256 and calls `on_progress(done, total)` after each file. A folder or file
+    that cannot be read is a problem of its own and holds up no other. Raises LedgerError, or StoreError when the root
+    cannot be read.
     """
     store = StudyStore(config.store)
     ledger = open_ledger(config.ledger)
@@ -103,7 +107,9 @@ class _Files:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self.sizes = dict(_instance_files(root))
+        self.unreadable: dict[str, str] = {}
+        """Why, by the path relative to the root of a folder or file."""
+        self.sizes = dict(_instance_files(root, self._note_unreadable))
         self._removed: set[str] = set()
         self._changed: set[str] = set()
 
@@ -112,7 +118,7 @@ class _Files:
         differ = [row["path"] for row in rows if (row["path"] in self.sizes) == (row["removed_at"] is not None)]
         for path in differ:
             self.sizes.pop(path, None)
-            if (size := _size(self._root / path)) is not None:
+            if (size := _size(self._root / path, self._note_unreadable)) is not None:
                 self.sizes[path] = size
         # a folder that is gone by now has been noted in the ledger, see receiver/retention.py
         being_removed = studies_being_removed(self._root)
@@ -133,7 +139,9 @@ class _Files:
             except FileNotFoundError:  # removed just now; it is accounted for as it was when it was listed
                 same = True
             except OSError as error:
-                raise StoreError(f"cannot read {row['path']}: {error.strerror}; check the disk") from error
+                self._note_unreadable(self._root / row["path"], _cannot_read(self._root / row["path"], error))
+                del self.sizes[row["path"]]
+                same = True
             if not same:
                 self._changed.add(row["path"])
             if on_progress is not None:
@@ -155,6 +163,8 @@ class _Files:
         """What is wrong with the file of a row."""
         path, size = row["path"], self.sizes.get(row["path"])
         if size is None:
+            if why := self._why_unreadable(path):
+                return why
             return f"{path} is in the ledger and not on disk; restore it from a backup or send it again"
         if size != row["size_bytes"]:
             return f"{path} has {size} bytes and the ledger says {row['size_bytes']}; the file was changed"
@@ -164,25 +174,34 @@ class _Files:
             return f"{path} is on disk and the ledger says it was removed; run `herald reconcile --rebuild`"
         return None
 
+    def _note_unreadable(self, place: Path, error: StoreError) -> None:
+        if place == self._root:  # as a lost mount: nothing could be told of any file
+            raise error
+        relative = place.relative_to(self._root).as_posix()
+        if self._why_unreadable(relative) is None:
+            self.unreadable[relative] = str(error)
+
+    def _why_unreadable(self, relative: str) -> str | None:
+        """Why a file, or one of the folders that it lies in, cannot be read."""
+        places = accumulate(relative.split("/"), "{}/{}".format)
+        return next((self.unreadable[place] for place in places if place in self.unreadable), None)
+
 
 def studies_being_removed(root: Path) -> set[str]:
     """Study Instance UIDs of the folders that retention has set aside and not yet removed."""
     return {path.name.removeprefix(REMOVING).partition("-")[0] for path in root.glob(REMOVING + "*")}
 
 
-def _refuse(error: StoreError) -> None:
-    raise error
-
-
-def _instance_files(root: Path, unreadable: Unreadable = _refuse) -> Iterator[tuple[str, int]]:
-    """Path relative to the root, and size, of every instance file; `unreadable` is told of a folder that is.
+def _instance_files(root: Path, unreadable: Unreadable) -> Iterator[tuple[str, int]]:
+    """Path relative to the root, and size, of every instance file; `unreadable` is told of what cannot be read.
 
     Only folders named by UIDs hold any: others are the disk's own, as `lost+found`, or set aside by retention.
     """
     for study in filter(is_uid, _names(root, unreadable)):
         for one in filter(is_uid, _names(root / study, unreadable)):
             for name in _names(root / study / one, unreadable):
-                if name.endswith(INSTANCE_SUFFIX) and (size := _size(root / study / one / name)) is not None:
+                path = root / study / one / name
+                if name.endswith(INSTANCE_SUFFIX) and (size := _size(path, unreadable)) is not None:
                     yield f"{study}/{one}/{name}", size
 
 
@@ -193,18 +212,19 @@ def _names(folder: Path, unreadable: Unreadable) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        unreadable(_cannot_read(folder, error))
+        unreadable(folder, _cannot_read(folder, error))
         return []
 
 
-def _size(path: Path) -> int | None:
-    """None where the file is gone."""
+def _size(path: Path, unreadable: Unreadable) -> int | None:
+    """None where the file is gone, or cannot be asked."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _cannot_read(path, error) from error
+        unreadable(path, _cannot_read(path, error))
+        return None
 
 
 def _cannot_read(path: Path, error: OSError) -> StoreError:
@@ -246,6 +266,8 @@ def _account(connection: Connection, rows: Sequence[RowMapping], files: _Files, 
             waiting += 1
         else:
             problems[f"{path} is not in the ledger; run `herald reconcile --rebuild`"] += 1
+    for why in files.unreadable.values():
+        problems.setdefault(why, 0)
     rejected = select(func.count()).select_from(rejections)
     return Reconciliation(
         instances_on_disk=len(files.sizes),
@@ -256,7 +278,8 @@ def _account(connection: Connection, rows: Sequence[RowMapping], files: _Files, 
         removed=removed,
         rejected=int(connection.execute(rejected).scalar() or 0),
         unaccounted=sum(problems.values()),
-        problems=tuple(text if count == 1 else f"{text} ({count} instances)" for text, count in problems.items()),
+        unreadable=len(files.unreadable),
+        problems=tuple(text if count < 2 else f"{text} ({count} instances)" for text, count in problems.items()),
     )
 
 
@@ -341,7 +364,7 @@ def _missing_rows(connection: Connection, store: StudyStore) -> Iterator[dict[st
         yield row
 
 
-def _pass_over(error: StoreError) -> None:
+def _pass_over(_: Path, error: StoreError) -> None:
     log.error("%s; until then no image in it is restored to the ledger", error)
 
 

@@ -14,8 +14,13 @@ from pydicom.uid import (
 CT_IMAGES = frozenset({CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
 
 
-def axial_candidates(datasets: Sequence[Dataset], min_slices: int) -> tuple[list[Dataset], tuple[str, ...]]:
-    """The instances that may make a volume, and the reasons why they cannot: none when eligible so far."""
+def axial_candidates(
+    datasets: Sequence[Dataset], min_slices: int, most_images: int
+) -> tuple[list[Dataset], tuple[str, ...]]:
+    """The instances that may make a volume, and the reasons why they cannot: none when eligible so far.
+
+    Frames count as images, by the headers alone: nothing is decoded to count them.
+    """
     if not datasets:
         return [], ("the series has no instance in the store",)
     images = [ds for ds in datasets if ds.get("SOPClassUID") in CT_IMAGES]
@@ -26,7 +31,7 @@ def axial_candidates(datasets: Sequence[Dataset], min_slices: int) -> tuple[list
     if not slices:
         return [], (f"localizer: {len(images)} scout image{'s' * (len(images) > 1)}, no axial scan",)
     count = sum(int(ds.get("NumberOfFrames") or 1) for ds in slices)
-    return slices, too_few(count, min_slices)
+    return slices, too_few(count, min_slices) or too_many(count, most_images)
 
 
 def too_few(count: int, min_slices: int) -> tuple[str, ...]:

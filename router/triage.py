@@ -33,7 +33,7 @@ def triage_series(
         return triaged(disposition="not_eligible", reasons=obstacles)
     datasets = read_datasets(store.series_paths(received.study_instance_uid, received.series_instance_uid))
     _require_whole(received, datasets, store)
-    slices, obstacles = axial_candidates(datasets, config.min_slices)
+    slices, obstacles = axial_candidates(datasets, config.min_slices, config.most_images)
     if obstacles:
         claim = header_claim(datasets[0], "") if datasets else {}
         return triaged(disposition="not_eligible", reasons=obstacles, header=claim, **series_facts(datasets))

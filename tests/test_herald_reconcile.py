@@ -8,20 +8,24 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from receiver_fakes import config_under, ct_series, receiving, send_all
 from sqlalchemy import Table, delete, insert, select, update
+from typer.testing import CliRunner
 
 import herald.reconcile
+from herald import cli
 from herald.bus import open_bus
 from herald.config import Config, LedgerConfig
 from herald.errors import StoreError
 from herald.events import Disposition, SeriesReceived, SeriesTriaged, utc_now
 from herald.ledger import Ledger, deliveries, instances, metadata, open_ledger, pages, results, reviews, series
 from herald.reconcile import GRACE_S, REBUILT, reconcile
+from herald.store import file_sha256
 from herald.trace import trace
 
 
@@ -213,14 +217,23 @@ def test_a_file_in_the_store_that_is_no_dicom_is_named_and_left_alone(config: Co
 
 def deny(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Have the folder of this name be unreadable, for root too."""
-    list_names = os.listdir
+    list_names, status = os.listdir, os.stat
+
+    def refuse(path: Path | str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     def listdir(folder: Path | str) -> list[str]:
         if Path(folder).name == name:
-            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            refuse(folder)
         return list_names(folder)
 
+    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if isinstance(path, Path) and name in path.parent.parts:
+            refuse(path)
+        return status(path, *args, **kwargs)
+
     monkeypatch.setattr("os.listdir", listdir)  # which Path.iterdir asks
+    monkeypatch.setattr("os.stat", stat)
 
 
 def test_a_folder_of_the_disk_beside_the_studies_is_passed_over(
@@ -245,7 +258,64 @@ def test_an_unreadable_study_costs_no_other_its_recovery_and_is_named(
     assert (again.series_instance_uid, again.instance_count) == (other.series_instance_uid, 9)
     (named,) = [r.getMessage() for r in caplog.records if unreadable.study_instance_uid in r.getMessage()]
     assert "Permission denied; check the disk and the rights on store.root" in named
-    with pytest.raises(StoreError, match=unreadable.study_instance_uid):
+
+
+@pytest.mark.parametrize("denied", ["study", "series"])
+def test_reconcile_names_a_folder_that_it_cannot_read_and_accounts_for_every_other_file(
+    config: Config, monkeypatch: pytest.MonkeyPatch, denied: str
+) -> None:
+    unreadable, other = received(config, ct_series(8)), received(config, ct_series(9))
+    for event in (unreadable, other):
+        triage(config, event)
+    name = getattr(unreadable, f"{denied}_instance_uid")
+    deny(monkeypatch, name)
+    for rebuild in (False, True):
+        found = reconcile(config, rebuild=rebuild, verify=True)
+        assert (found.instances_on_disk, found.dispositions) == (9, {"negative": 9})
+        assert (found.unaccounted, found.unreadable) == (8, 1)
+        (told,) = found.problems
+        assert re.fullmatch(rf"cannot read \S+/{name}: Permission denied; .* store\.root \(8 instances\)", told)
+
+
+def test_the_command_names_a_folder_that_cannot_be_read_and_fails_though_no_row_is_about_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triage(config, received(config, ct_series(8)))
+    (config.store.root / "1.2.3").mkdir()
+    deny(monkeypatch, "1.2.3")
+    found = reconcile(config)
+    assert (found.dispositions, found.unaccounted, found.unreadable) == ({"negative": 8}, 0, 1)
+    assert "1.2.3: Permission denied" in found.problems[0]
+    monkeypatch.setattr(cli, "_config", lambda: config)
+    answer = CliRunner().invoke(cli.app, ["reconcile"])
+    assert answer.exit_code == 1
+    assert "1.2.3: Permission denied" in answer.stderr
+    assert "1 folders or files of the store cannot be read" in answer.stderr
+
+
+def test_reconcile_of_a_file_that_cannot_be_read_names_it_and_accounts_for_every_other(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triage(config, received(config, ct_series(8)))
+    broken = min(config.store.root.glob("*/*/*.dcm"))
+
+    def sha256(path: Path) -> str:
+        if path == broken:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return file_sha256(path)
+
+    monkeypatch.setattr(herald.reconcile, "file_sha256", sha256)
+    found = reconcile(config, verify=True)
+    assert (found.dispositions, found.unaccounted, found.unreadable) == ({"negative": 7}, 1, 1)
+    assert f"{broken}: Input/output error" in found.problems[0]
+
+
+def test_a_store_that_cannot_be_read_at_all_is_refused_and_not_accounted_for(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triage(config, received(config, ct_series(8)))
+    deny(monkeypatch, config.store.root.name)
+    with pytest.raises(StoreError, match=r"store\.root"):
         reconcile(config)
 
 
@@ -271,10 +341,10 @@ def test_what_happens_between_looking_at_the_files_and_at_the_ledger_is_no_loss(
     triage(config, received(config, ct_series(8)))
     placed, removed, noted, *_ = sorted(config.store.root.glob("*/*/*.dcm"))
     sizes = {path.relative_to(config.store.root).as_posix(): path.stat().st_size for path in (removed, noted)}
-    listed = dict(herald.reconcile._instance_files(config.store.root))
+    listed = dict(herald.reconcile._instance_files(config.store.root, unreadable=lambda *_: None))
     del listed[placed.relative_to(config.store.root).as_posix()]
 
-    def before(_: Path) -> list[tuple[str, int]]:
+    def before(*_: object) -> list[tuple[str, int]]:
         return [*listed.items()]
 
     removed.unlink()

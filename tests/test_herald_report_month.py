@@ -17,6 +17,7 @@ from herald.ledger import Ledger, labels, open_ledger, pages, results, reviews, 
 from herald.validation import month
 from herald.validation.chain import verify
 from herald.validation.report import as_json, from_record, page
+from webui.record import complete_results
 
 FIRST, LAST = month.START.date(), (month.START + timedelta(days=month.DAYS - 1)).date()
 
@@ -66,6 +67,28 @@ def test_the_flow_is_that_of_the_tables(simulated: Simulated) -> None:
     assert sum(box["n"] for box in excluded) == decided["not_eligible"]
     assert sum(box["n"] for box in [*flow["failed_by_input"], *flow["failed_by_software"]]) == decided["failed"]
     assert flow["unfinished"] == len(received) - superseded - sum(decided.values())
+
+
+def test_what_a_later_revision_hides_is_decided_by_the_rule_of_the_worklist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def analysed_then_failed(a_month: Any, study: Any) -> list[Any]:
+        analysed = month._analysed(a_month, study, 1)
+        failed = month._event(a_month, study, 1, 2, "failed", reasons=("PixelDataError: simulated",))
+        return [month._Decided(analysed, study), month._Decided(failed, study)]
+
+    monkeypatch.setattr(month, "_main_series", analysed_then_failed)
+    month.main(tmp_path, seed=3, series_count=60)
+    ledger = open_ledger(load_config(tmp_path / "herald.toml", {}).ledger)
+    first = select(results.c.disposition, results.c.superseded).where(
+        results.c.series_instance_uid.in_(select(results.c.series_instance_uid).where(results.c.revision == 2)),
+        results.c.revision == 1,
+    )
+    with ledger.read() as connection:
+        found = {tuple(row) for row in connection.execute(first)}
+    assert found == {("positive", False), ("negative", True)}  # nobody has acknowledged the positive
+    assert complete_results(ledger) == 0
+    ledger.close()
 
 
 def test_every_kind_of_row_went_through_the_real_tables_and_an_unbroken_record(simulated: Simulated) -> None:

@@ -47,8 +47,7 @@ def one_series(simulated: Path, disposition: str) -> Path:
 def posted(session: requests.Session, url: str, **fields: str) -> requests.Response:
     """Fill in the form on a page and send it, as a browser would."""
     page = session.get(url, timeout=10)
-    if token := re.search(r'name="csrf_token"[^>]*value="([^"]+)"', page.text):  # a page's link is its own proof
-        fields["csrf_token"] = token[1]
+    fields |= dict(re.findall(r'<input type="hidden" name="([^"]+)" value="([^"]*)"', page.text))
     action = re.search(r'<form[^>]*method="post"[^>]*action="([^"]*(?:login|review|/page/)[^"]*)"', page.text)
     assert action is not None, page.text
     target = requests.compat.urljoin(url, action[1])

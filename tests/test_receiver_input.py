@@ -391,7 +391,7 @@ def test_an_enhanced_multi_frame_ct_is_one_instance_that_is_no_stack_and_whose_f
         path = only_file(receiver)
         assert data_set_bytes(path) == encoded(image)
     assert (event.instance_count, event.close_reason) == (1, "released-and-not-a-stack")
-    slices, obstacles = axial_candidates(read_datasets([path]), min_slices=8)
+    slices, obstacles = axial_candidates(read_datasets([path]), min_slices=8, most_images=2000)
     assert obstacles == ()
     volume = volume_from_datasets(slices)
     assert volume.hounsfield[:, 0, 0].tolist() == list(range(24))

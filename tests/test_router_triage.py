@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import EnhancedCTImageStorage
 from receiver_fakes import ct_series
 from router_fakes import FixedModels, received
 
@@ -110,3 +111,18 @@ def test_a_series_of_more_images_than_any_head_is_not_eligible_and_nothing_of_it
     event = triaged(store, images, count=6000)
     assert event.disposition == "not_eligible"
     assert event.reasons == ("too many images: 6000, a head scan has at most 2000 (router.most_images)",)
+
+
+@pytest.mark.parametrize("frames", [[6000], [1500, 1500]])
+def test_the_frames_of_enhanced_images_count_against_the_most_images_before_any_pixel_is_decoded(
+    store: StudyStore, monkeypatch: pytest.MonkeyPatch, frames: list[int]
+) -> None:
+    monkeypatch.setattr("router.triage.volume_from_datasets", lambda _: pytest.fail("its pixels are decoded"))
+    images = ct_series(len(frames))
+    for image, count in zip(images, frames, strict=True):
+        image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+        image.NumberOfFrames = count
+    stored(store, images)
+    event = triaged(store, images)
+    assert event.disposition == "not_eligible"
+    assert event.reasons == (f"too many images: {sum(frames)}, a head scan has at most 2000 (router.most_images)",)

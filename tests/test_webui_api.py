@@ -25,7 +25,9 @@ def test_a_new_result_is_kept_with_its_probability_of_any_haemorrhage(site):
 def test_the_same_result_again_is_no_second_row_and_keeps_the_acknowledgement(site):
     event = triaged(1)
     site.put(event)
-    site.client("rita").post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "acknowledge"})
+    site.client("rita").post(
+        f"/series/{event.series_instance_uid}/1/review", data={"verdict": "acknowledge", **site.shown(event)}
+    )
     before = rows(site)
     assert site.put(event).status_code == 200
     assert rows(site) == before

@@ -17,7 +17,7 @@ from webui_browser import (
     open_page,
     picture_loaded,
 )
-from webui_site import HOTTEST, ROOT, SLICES, Site, open_site, served, triaged
+from webui_site import HOTTEST, ROOT, SLICES, Site, open_site, prediction, served, triaged
 
 from herald.bus import open_bus
 from herald.events import SeriesReviewed
@@ -191,6 +191,75 @@ def test_a_verdict_that_could_not_be_sent_is_said_and_is_not_lost(chromium, site
     page.keyboard.press("a")
     page.get_by_role("dialog").wait_for()
     assert [row["action"] for row in kept(site)] == ["agree"]
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_who_acknowledges_a_failure_that_has_become_a_positive_is_shown_the_positive_first(
+    chromium, site, pictures, scripts
+):
+    seen = site.add(1, "failed")
+    page = open_page(chromium, site, LAPTOP, f"/series/{ROOT}.1.1/1", java_script_enabled=scripts)
+    log_in(page)
+    assert page.get_by_role("button", name="Acknowledge").is_visible()
+    site.store.write_prediction(seen.study_instance_uid, seen.series_instance_uid, 1, prediction())
+    assert site.put(triaged(1)).status_code == 200
+    acknowledge = page.get_by_role("button", name="Acknowledge")
+    if scripts:
+        page.keyboard.press("k")
+    else:
+        acknowledge.click()
+    notice = page.get_by_role("alert").filter(has_text="after the page was loaded: look again. Nothing was recorded.")
+    notice.wait_for()
+    assert page.locator("h1 .mark").text_content() == "Positive"
+    sync_api.expect(page.locator("#picture")).to_have_js_property("complete", True)
+    page.screenshot(path=pictures / f"read-changed{'' if scripts else '-no-script'}.png")
+    for shown in ("h1", "#picture", "#review [data-key=a]", "#review [data-key=k]"):
+        place = page.locator(shown).first.bounding_box()
+        assert place["y"] + place["height"] <= LAPTOP["height"], f"{shown} is below the fold"
+    if scripts:
+        assert page.evaluate(CONTRAST) == []
+        assert [text for text in page.complaints if "409" not in text] == []
+    assert kept(site) == []
+    acknowledge.click()
+    page.get_by_text("Recorded: acknowledged.").wait_for()
+    assert [row["action"] for row in kept(site)] == ["acknowledge"]
+    assert notice.count() == (1 if scripts else 0)  # a script changes a part of the page
+
+
+def test_a_blind_reader_whose_result_changed_reads_it_at_its_own_address(chromium, tmp_path, pictures):
+    with open_site(tmp_path, mode="shadow") as unserved, served(unserved) as site:
+        site.add(1, "negative")
+        page = open_page(chromium, site, LAPTOP, f"/series/{ROOT}.1.1/1")
+        log_in(page)
+        picture_loaded(page)
+        site.put(triaged(1))
+        page.keyboard.press("x")  # which sends the form as a page without scripts does
+        page.get_by_role("alert").filter(has_text="look again. Nothing was recorded.").wait_for()
+        page.screenshot(path=pictures / "blind-changed.png")
+        assert re.search(r"/series/[\d.]+/1(\?|$)", page.url)
+        assert "93 %" not in page.content()
+        assert kept(site) == []
+        page.reload()
+        picture_loaded(page)
+        assert page.get_by_role("alert").count() == 0
+
+
+def test_a_phone_is_told_that_the_result_of_its_page_changed(chromium, site, pictures):
+    seen = site.add(1, "failed")
+    page = open_page(chromium, site, PHONE, site.link(seen), has_touch=True, is_mobile=True, device_scale_factor=2)
+    site.put(triaged(1))
+    page.get_by_role("button", name="Acknowledge").tap()
+    page.get_by_text("after the page was loaded: look again. Nothing was recorded.").wait_for()
+    page.get_by_text("93 %").wait_for()
+    page.screenshot(path=pictures / "phone-page-changed.png")
+    assert fits(page)
+    assert kept(site) == []
+    acknowledge = page.get_by_role("button", name="Acknowledge")
+    place = acknowledge.bounding_box()
+    assert place["y"] + place["height"] <= PHONE["height"]
+    acknowledge.tap()
+    page.get_by_text("Nobody else will be paged").wait_for()
+    assert [row["action"] for row in kept(site)] == ["acknowledge"]
 
 
 # timers of a second and more never come: what is shown in time was told by the stream

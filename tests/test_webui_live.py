@@ -152,7 +152,8 @@ def change(ledger: Ledger, kind: str) -> None:
     elif kind == "revision":
         record.upsert_result(ledger, replace(event, revision=2))
     elif kind in ("acknowledge", "agree"):
-        record.add_review(ledger, event, kind, "rita", prediction_shown=True)
+        kept = record.find_result(ledger, event.series_instance_uid, 1)
+        record.add_review(ledger, kept.event, kind, "rita", prediction_shown=True)
     elif kind == "undo":
         record.undo_verdict(ledger, event, "remi")
     else:

@@ -120,9 +120,9 @@ def test_acknowledging_a_study_takes_it_off_the_banner_at_once(site: Site, way: 
     client = site.client("rita")
     assert "ACC00001" in banner_of(client.get("/").text)
     if way == "link":
-        site.client().post(site.link(event))
+        site.client().post(site.link(event), data=site.shown(event))
     else:
-        client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": way})
+        client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": way, **site.shown(event)})
     assert banner_of(client.get("/").text) == ""
     assert "Every page has been answered, or is under way." in client.get("/operations").text
 
@@ -130,7 +130,7 @@ def test_acknowledging_a_study_takes_it_off_the_banner_at_once(site: Site, way: 
 def test_a_later_revision_that_is_paged_in_vain_is_not_answered_by_a_look_at_the_earlier_one(site: Site) -> None:
     event = site.add(1)
     client = site.client("rita")
-    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "agree"})
+    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "agree", **site.shown(event)})
     add_page(site, 1, revision=2, finding_at=utc_now() + timedelta(seconds=1))
     assert "ACC00001" in banner_of(client.get("/").text)
 
@@ -139,14 +139,14 @@ def test_a_look_at_an_earlier_revision_after_the_finding_answers_no_page_of_the_
     event = site.add(1)
     add_page(site, 1, revision=2)
     client = site.client("rita")
-    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "agree"})
+    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "agree", **site.shown(event)})
     assert "ACC00001" in banner_of(client.get("/").text)
 
 
 def test_a_look_at_a_failure_answers_no_page_of_the_finding_that_its_replay_made(site: Site) -> None:
     event = site.add(1, "failed")
     client = site.client("rita")
-    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "acknowledge"})
+    client.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "acknowledge", **site.shown(event)})
     add_page(site, 1, finding_at=utc_now())
     assert "ACC00001" in banner_of(client.get("/").text)
 
@@ -157,7 +157,7 @@ def test_another_series_answers_only_once_the_page_was_made(site: Site, made_lat
     made_at = None if made_later is None else utc_now() + timedelta(minutes=made_later)
     add_page(site, 1, made_at=made_at)
     client = site.client("rita")
-    client.post(f"/series/{other.series_instance_uid}/1/review", data={"verdict": "agree"})
+    client.post(f"/series/{other.series_instance_uid}/1/review", data={"verdict": "agree", **site.shown(other)})
     assert (banner_of(client.get("/").text) == "") is answered
 
 
@@ -722,7 +722,7 @@ def test_the_banner_comes_and_goes_on_a_page_that_is_left_open(chromium: Any, ru
     page.get_by_text("1 study was paged, and nobody has answered").wait_for()
     other = running.app.test_client()
     other.post("/login", data={"name": "ada", "password": "a password for tests"})
-    other.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "acknowledge"})
+    other.post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "acknowledge", **running.shown(event)})
     with page.expect_response("**/operations/banner"):
         page.clock.fast_forward(11_000)
     page.locator("section.alarm").wait_for(state="detached")

@@ -33,7 +33,7 @@ def test_the_link_of_a_page_shows_the_finding_without_images_and_without_log_in(
 
 def test_whoever_holds_the_link_acknowledges_and_the_study_is_acknowledged(site):
     event = site.add(1)
-    answer = site.client().post(site.link(event), follow_redirects=True)
+    answer = site.client().post(site.link(event), data=site.shown(event), follow_redirects=True)
     assert "Nobody else will be paged" in answer.text
     assert "Acknowledged by pager link" in answer.text
     with site.ledger.read() as connection:
@@ -44,7 +44,7 @@ def test_whoever_holds_the_link_acknowledges_and_the_study_is_acknowledged(site)
 
 def test_a_reader_who_is_logged_in_acknowledges_under_their_name(site):
     event = site.add(1)
-    site.client("rita").post(site.link(event))
+    site.client("rita").post(site.link(event), data=site.shown(event))
     with site.ledger.read() as connection:
         assert connection.execute(select(reviews.c.reader)).scalar_one() == "rita"
 
@@ -106,7 +106,7 @@ def test_the_short_link_of_a_page_in_the_ledger_acknowledges_too(site):
     path = site.link(event)
     assert len(path) < 40
     assert "93 %" in site.client().get(path).text
-    assert "Nobody else will be paged" in site.client().post(path, follow_redirects=True).text
+    assert "Nobody else will be paged" in site.client().post(path, data=site.shown(event), follow_redirects=True).text
     assert readers(site) == ["pager link"]
 
 
@@ -114,7 +114,7 @@ def test_who_acknowledges_without_log_in_may_say_who_it_is(site):
     event = site.add(1)
     page = site.client().get(site.link(event)).text
     assert 'autocomplete="name"' in page
-    site.client().post(site.link(event), data={"name": " Kim\r\nReader" + 60 * "x"})
+    site.client().post(site.link(event), data={"name": " Kim\r\nReader" + 60 * "x", **site.shown(event)})
     assert readers(site) == ["pager link (Kim Reader" + 30 * "x" + ")"]
     assert "Kim Reader" in site.client().get(site.link(event)).text
     assert 'autocomplete="name"' not in site.client("rita").get(site.link(site.add(2))).text
@@ -124,9 +124,9 @@ def test_who_is_second_is_told_who_was_first_and_when_and_is_recorded(site):
     event = site.add(1)
     first, second = site.client(), site.client()
     assert "Acknowledge</button>" in second.get(site.link(event)).text
-    first.post(site.link(event), data={"name": "Anna"})
+    first.post(site.link(event), data={"name": "Anna", **site.shown(event)})
     at = acknowledged(site, event)[1]
-    told = second.post(site.link(event), data={"name": "Ben"}, follow_redirects=True).text
+    told = second.post(site.link(event), data={"name": "Ben", **site.shown(event)}, follow_redirects=True).text
     assert f"pager link (Anna) was first, at {words.clock(at)}" in told
     assert re.search(rf"Acknowledged by pager link \(Anna\), \d+ s ago \({words.clock(at)}\)\.", marks(told))
     assert acknowledged(site, event) == ("pager link (Anna)", at)
@@ -135,9 +135,13 @@ def test_who_is_second_is_told_who_was_first_and_when_and_is_recorded(site):
 
 def test_who_is_second_on_the_series_page_is_told_who_was_first(site):
     event = site.add(1)
-    site.client().post(site.link(event), data={"name": "Anna"})
+    site.client().post(site.link(event), data={"name": "Anna", **site.shown(event)})
     review = f"/series/{event.series_instance_uid}/1/review"
-    told = site.client("rita").post(review, data={"verdict": "acknowledge"}, follow_redirects=True).text
+    told = (
+        site.client("rita")
+        .post(review, data={"verdict": "acknowledge", **site.shown(event)}, follow_redirects=True)
+        .text
+    )
     assert "pager link (Anna) was first, at " in told
 
 
@@ -172,14 +176,15 @@ def test_of_two_phones_at_once_one_is_told_that_it_was_first(tmp_path):
     with open_site(tmp_path) as unserved, served(unserved) as site:
         url = site.config.webui.public_url
         for number in range(1, 6):
-            path = site.link(site.add(number))
+            event = site.add(number)
+            path, shown = site.link(event), site.shown(event)
             gate = threading.Barrier(2)
 
-            def tap(name: str, path: str = path, gate: threading.Barrier = gate) -> str:
+            def tap(name: str, path: str = path, shown: dict[str, str] = shown, gate: threading.Barrier = gate) -> str:
                 with requests.Session() as phone:
                     phone.get(url + path, timeout=30)
                     gate.wait(30)
-                    return phone.post(url + path, data={"name": name}, timeout=30).text
+                    return phone.post(url + path, data={"name": name, **shown}, timeout=30).text
 
             with ThreadPoolExecutor(2) as threads:
                 told = dict(zip(("Anna", "Ben"), threads.map(tap, ("Anna", "Ben")), strict=True))
@@ -193,7 +198,7 @@ def test_a_phone_that_refuses_cookies_can_acknowledge(tmp_path):
         event = site.add(1)
         phone = site.app.test_client(use_cookies=False)
         assert phone.get(site.link(event)).status_code == 200
-        answer = phone.post(site.link(event))
+        answer = phone.post(site.link(event), data=site.shown(event))
         assert answer.status_code == 303
         assert "Acknowledged by pager link" in phone.get(answer.location).text
 
@@ -213,7 +218,7 @@ def test_the_page_says_what_else_there_is_in_the_study(site):
 def test_acknowledging_an_older_revision_leaves_the_newer_one_on_the_worklist(site):
     event = site.add(1)
     assert site.put(replace(triaged(1), revision=2)).status_code == 201
-    site.client().post(site.link(event))
+    site.client().post(site.link(event), data=site.shown(event))
     assert acknowledged(site, event)[0] == "pager link"
     assert acknowledged(site, replace(event, revision=2)) == (None, None)
 
@@ -253,17 +258,18 @@ def test_a_tap_on_the_link_ends_the_paging_of_the_study_at_once(tmp_path, monkey
                 site.config.notifier, webui_url=site.config.webui.public_url, smtp_port=smtp_port, steps=steps
             ),
         )
-        event = site.add(1)
+        event = site.add(1, occurred_at=utc_now())
         with smtp_server(mailbox, smtp_port), running(notify, site.config):
             bus = open_bus(site.config.bus)
-            bus.publish(replace(event, occurred_at=utc_now()))
+            bus.publish(event)
             bus.close()
             assert mailbox.arrived.wait(60)
             (address,) = re.findall(r"https?://\S+/page/\S+", mailbox.emails[0].get_body(("plain",)).get_content())
             with requests.Session() as phone:
                 phone.get(address, timeout=30)
                 started = time.perf_counter()
-                assert "Nobody else will be paged" in phone.post(address, timeout=30).text
+                shown = site.shown(event)
+                assert "Nobody else will be paged" in phone.post(address, data=shown, timeout=30).text
                 assert handled.wait(60)
             took_s = time.perf_counter() - started
             (state, by, at) = page_of(site, event)

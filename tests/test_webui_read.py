@@ -1,5 +1,6 @@
 """The read of a series: a verdict with kind and note, taking it back, and reading before the prediction is shown."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,10 @@ import pytest
 from sqlalchemy import select, update
 from webui_site import ROOT, Site, open_site, triaged
 
-from herald.config import NotifierConfig, PagingSite
-from herald.events import SeriesTriaged
-from herald.ledger import audit, results, reviews
-from webui import blind, record
+from herald.config import LedgerConfig, NotifierConfig, PagingSite
+from herald.events import SeriesTriaged, utc_now
+from herald.ledger import audit, open_ledger, results, reviews
+from webui import blind, record, words
 
 TELLING = ("Positive", "Negative", "93 %", "agreed", "disagreed", "mask=1", "Herald was")
 
@@ -47,16 +48,21 @@ def shown_to(site: Site, name: str) -> list[str]:
         return list(connection.execute(statement).scalars())
 
 
+def shown(event: SeriesTriaged) -> dict[str, str]:
+    """What a form of a page carries on which this result is shown."""
+    return {"decided_at": event.occurred_at.isoformat()}
+
+
 def judge(client: Any, event: SeriesTriaged, verdict: str, **form: str) -> Any:
-    return client.post(f"{address(event)}/review", data={"verdict": verdict, **form})
+    return client.post(f"{address(event)}/review", data={"verdict": verdict, **shown(event), **form})
 
 
 def describe(client: Any, event: SeriesTriaged, **form: str) -> Any:
-    return client.post(f"{address(event)}/review/description", data=form, follow_redirects=True)
+    return client.post(f"{address(event)}/review/description", data={**shown(event), **form}, follow_redirects=True)
 
 
 def undo(client: Any, event: SeriesTriaged) -> Any:
-    return client.post(f"{address(event)}/review/undo", follow_redirects=True)
+    return client.post(f"{address(event)}/review/undo", data=shown(event), follow_redirects=True)
 
 
 # --- verdict, kind, note ---------------------------------------------------------------------------------------------
@@ -196,6 +202,133 @@ def test_the_timeline_tells_of_a_verdict_and_of_its_end(site: Site) -> None:
     assert page.index("rita: agreed") < page.index("rita: verdict taken back")
 
 
+# --- a result that has changed since the page was loaded --------------------------------------------------------------
+
+
+def acknowledged(site: Site) -> list[str | None]:
+    with site.ledger.read() as connection:
+        return list(connection.execute(select(results.c.acknowledged_by)).scalars())
+
+
+@pytest.mark.parametrize("before", ["failed", "negative", "positive"])
+@pytest.mark.parametrize("verdict", ["acknowledge", "agree", "disagree", "unsure"])
+def test_a_button_of_a_page_that_shows_an_earlier_result_records_nothing_and_shows_the_one_that_came(
+    site: Site, before: str, verdict: str
+) -> None:
+    seen, client = add(site, 1, before), site.client("rita")
+    now = replace(triaged(1), occurred_at=utc_now())
+    assert site.put(now).status_code == 200
+    answer = judge(client, seen, verdict)
+    assert answer.status_code == 409
+    assert f"This result changed at {changed_at(site)} after the page was loaded: look again." in answer.text
+    assert "93 %" in answer.text
+    assert (kept(site), acknowledged(site)) == ([], [None])
+    assert f'name="decided_at" value="{now.occurred_at.isoformat()}"' in answer.text  # what is shown can be answered
+    assert judge(client, now, verdict).status_code == 303
+    assert ([row["action"] for row in kept(site)], acknowledged(site)) == ([verdict], ["rita"])
+
+
+def changed_at(site: Site) -> str:
+    with site.ledger.read() as connection:
+        return words.clock(max(connection.execute(select(results.c.posted_at, results.c.triaged_at)).one()))
+
+
+def test_kind_note_and_undo_of_an_earlier_result_change_nothing(site: Site) -> None:
+    seen, client = add(site, 1), site.client("rita")
+    judge(client, seen, "agree")
+    site.put(replace(seen, occurred_at=utc_now()))  # a positive as before: what was said of it stands
+    for answer in (describe(client, seen, finding_kind="sah"), undo(client, seen)):
+        assert answer.status_code == 409
+        assert "This result changed at" in answer.text
+    (row,) = kept(site)
+    assert (row["finding_kind"], row["undone_at"]) == (None, None)
+
+
+def test_the_same_result_delivered_once_more_is_no_other_result(site: Site) -> None:
+    event = add(site, 1)
+    site.put(event)
+    assert judge(site.client("rita"), event, "acknowledge").status_code == 303
+
+
+@pytest.mark.parametrize("field", [{}, {"decided_at": ""}])
+@pytest.mark.parametrize("way", ["review", "review/description", "review/undo", "link"])
+def test_a_form_that_does_not_say_which_result_it_showed_is_refused(
+    site: Site, way: str, field: dict[str, str]
+) -> None:
+    event, client = add(site, 1), site.client("rita")
+    where = site.link(event) if way == "link" else f"{address(event)}/{way}"
+    answer = client.post(where, data={"verdict": "acknowledge" * (way == "review"), **field})
+    assert answer.status_code == 409
+    assert "does not say which result it showed: look again. Nothing was recorded." in answer.text
+    assert (kept(site), acknowledged(site)) == ([], [None])
+
+
+def test_a_script_is_told_of_the_conflict_and_the_page_that_it_loads_says_so_once(site: Site) -> None:
+    seen, client = add(site, 1, "failed"), site.client("rita")
+    site.put(triaged(1))
+    form = {"verdict": "acknowledge", **shown(seen)}
+    assert client.post(f"{address(seen)}/review", data=form, headers={"X-Fragment": "read"}).status_code == 409
+    assert "This result changed at" in client.get(address(seen)).text
+    assert "This result changed at" not in client.get(address(seen)).text
+
+
+def test_the_part_that_a_script_puts_in_place_still_answers_the_result_that_the_page_shows(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, client = add(site, 1), site.client("rita")
+    add_review = record.add_review
+
+    def and_then_it_changes(*args: Any, **kwargs: Any) -> Any:
+        given = add_review(*args, **kwargs)
+        site.put(replace(seen, occurred_at=utc_now()))
+        return given
+
+    monkeypatch.setattr(record, "add_review", and_then_it_changes)
+    form = {"verdict": "acknowledge", **shown(seen)}
+    part = client.post(f"{address(seen)}/review", data=form, headers={"X-Fragment": "read"})
+    assert f'name="decided_at" value="{shown(seen)["decided_at"]}"' in part.text
+
+
+def test_a_blind_reader_is_told_of_the_change_and_not_of_the_prediction(shadow: Site) -> None:
+    seen, client = add(shadow, 1, "negative"), shadow.client("rita")
+    shadow.put(triaged(1))
+    answer = judge(client, seen, "no_haemorrhage")
+    assert answer.status_code == 409
+    assert "This result changed at" in answer.text
+    assert not [word for word in TELLING if word in answer.text]
+    assert (kept(shadow), shown_to(shadow, "rita")) == ([], [])
+
+
+def test_a_result_that_changes_while_the_answer_is_recorded_takes_the_answer_back(ledger_url: str) -> None:
+    ledger = open_ledger(LedgerConfig(url=ledger_url))
+    seen = triaged(1, "failed")
+    for event in (seen, triaged(1)):
+        record.upsert_result(ledger, event)
+    with pytest.raises(record.ResultChanged, match="look again"):
+        record.add_review(ledger, seen, "acknowledge", "rita", prediction_shown=True)
+    with ledger.read() as connection:
+        assert connection.execute(select(reviews)).all() == []
+        assert connection.execute(select(results.c.acknowledged_at)).scalar_one() is None
+    ledger.close()
+
+
+@pytest.mark.parametrize("verdict", ["", "agree"])
+def test_the_link_of_a_page_acknowledges_and_judges_no_result_that_came_after_it_was_opened(
+    site: Site, verdict: str
+) -> None:
+    seen = add(site, 1, "failed")
+    site.put(triaged(1))
+    client = site.client("rita" if verdict else None)
+    answer = client.post(site.link(seen), data={"verdict": verdict, **shown(seen)})
+    assert answer.status_code == 409
+    assert "This result changed at" in answer.text
+    assert "93 %" in answer.text
+    assert (kept(site), acknowledged(site)) == ([], [None])
+    (again,) = {*re.findall(r'name="decided_at" value="([^"]+)"', answer.text)}
+    assert client.post(site.link(seen), data={"verdict": verdict, "decided_at": again}).status_code == 303
+    assert acknowledged(site) == ["rita" if verdict else "pager link"]
+
+
 # --- who was shown what, and when ------------------------------------------------------------------------------------
 
 
@@ -254,7 +387,8 @@ def test_the_part_of_the_page_that_a_script_puts_in_place_tells_a_blind_reader_n
     shadow: Site, disposition: str, verdict: str
 ) -> None:
     event, client = add(shadow, 1, disposition), shadow.client("rita")
-    part = client.post(f"{address(event)}/review", data={"verdict": verdict}, headers={"X-Fragment": "read"})
+    form = {"verdict": verdict, **shown(event)}
+    part = client.post(f"{address(event)}/review", data=form, headers={"X-Fragment": "read"})
     assert part.status_code == 200
     assert "<html" not in part.text
     assert not [word for word in TELLING if word in part.text]
@@ -264,7 +398,7 @@ def test_the_part_of_the_page_that_a_script_puts_in_place_tells_a_blind_reader_n
 def test_who_takes_a_blind_verdict_back_before_the_prediction_was_shown_is_blind_again(shadow: Site) -> None:
     event, client = add(shadow, 1), shadow.client("rita")
     judge(client, event, "haemorrhage")
-    client.post(f"{address(event)}/review/undo")
+    client.post(f"{address(event)}/review/undo", data=shown(event))
     assert "93 %" not in client.get(address(event)).text
     judge(client, event, "no_haemorrhage")
     assert [row["prediction_shown"] for row in kept(shadow)] == [False, False]
@@ -339,7 +473,7 @@ def test_in_live_mode_a_positive_is_shown_to_everybody_until_somebody_has_acknow
 
 def test_in_live_mode_an_acknowledged_positive_is_hidden_from_who_has_not_seen_it(drawn: Site) -> None:
     event = add(drawn, 1)
-    drawn.client().post(drawn.link(event))
+    drawn.client().post(drawn.link(event), data=shown(event))
     assert "93 %" not in drawn.client("rita").get("/").text
     assert "93 %" not in drawn.client("rita").get(address(event)).text
     assert judge(drawn.client("rita"), event, "agree").status_code == 400
@@ -354,14 +488,14 @@ def test_in_live_mode_an_acknowledged_positive_stays_open_to_who_has_seen_it(dra
     event = add(drawn, 1)
     rita = drawn.client("rita")
     rita.get("/")
-    drawn.client().post(drawn.link(event))
+    drawn.client().post(drawn.link(event), data=shown(event))
     assert "93 %" in rita.get(address(event)).text
 
 
 @pytest.mark.parametrize("disposition", ["positive", "negative"])
 def test_no_filter_tells_what_is_hidden(drawn: Site, disposition: str) -> None:
     negative, positive = add(drawn, 1, "negative"), add(drawn, 2)
-    drawn.client().post(drawn.link(positive))
+    drawn.client().post(drawn.link(positive), data=shown(positive))
     listed = drawn.client("rita").get(f"/?disposition={disposition}").text
     assert positive.accession_number not in listed
     assert negative.accession_number not in listed
@@ -394,7 +528,7 @@ def test_who_is_logged_in_sees_the_key_picture_on_the_page_and_judges_there(site
     event, client = site.add(1), site.client("rita")
     page = client.get(site.link(event)).text
     assert "/slice/8.png?window=brain&amp;mask=1" in page
-    answer = client.post(site.link(event), data={"verdict": "agree"})
+    answer = client.post(site.link(event), data={"verdict": "agree", **shown(event)})
     assert answer.location == f"{address(event)}?describe=1"
     (row,) = kept(site)
     assert (row["action"], row["reader"], row["prediction_shown"]) == ("agree", "rita", True)
@@ -404,11 +538,11 @@ def test_who_is_logged_in_sees_the_key_picture_on_the_page_and_judges_there(site
 def test_a_link_alone_judges_nothing(site: Site, who: str | None) -> None:
     event, client = add(site, 1), site.client(who)
     assert "Disagree" not in client.get(site.link(event)).text
-    assert client.post(site.link(event), data={"verdict": "agree"}).status_code == 403
+    assert client.post(site.link(event), data={"verdict": "agree", **shown(event)}).status_code == 403
     assert kept(site) == []
 
 
 def test_a_verdict_on_the_page_that_makes_no_sense_is_refused(site: Site) -> None:
     event = add(site, 1)
-    assert site.client("rita").post(site.link(event), data={"verdict": "maybe"}).status_code == 400
+    assert site.client("rita").post(site.link(event), data={"verdict": "maybe", **shown(event)}).status_code == 400
     assert kept(site) == []

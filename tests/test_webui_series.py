@@ -210,7 +210,7 @@ def test_a_review_is_kept_and_acknowledges_the_study(site, verdict):
     other = replace(triaged(1, "negative"), series_instance_uid=event.series_instance_uid + "9")
     site.put(other)
     site.put(triaged(2))
-    form = {"verdict": verdict, "finding_kind": "sah", "note": " left "}
+    form = {"verdict": verdict, "finding_kind": "sah", "note": " left ", **site.shown(event)}
     answer = site.client("rita").post(address(event) + "/review", data=form)
     assert (answer.status_code, answer.location) == (303, address(event))
     (row,) = kept_reviews(site)
@@ -228,7 +228,7 @@ def test_a_review_is_kept_and_acknowledges_the_study(site, verdict):
 def test_a_review_of_an_older_revision_leaves_the_newer_to_be_acknowledged(site):
     event = site.add(1)
     newer = site.add(1, revision=2)
-    site.client("rita").post(address(event) + "/review", data={"verdict": "agree"})
+    site.client("rita").post(address(event) + "/review", data={"verdict": "agree", **site.shown(event)})
     with site.ledger.read() as connection:
         by = dict(connection.execute(select(results.c.revision, results.c.acknowledged_by)).all())
     assert by == {1: "rita", newer.revision: None}
@@ -236,8 +236,8 @@ def test_a_review_of_an_older_revision_leaves_the_newer_to_be_acknowledged(site)
 
 def test_the_first_acknowledgement_stays_when_others_follow(site):
     event = site.add(1)
-    site.client("rita").post(address(event) + "/review", data={"verdict": "acknowledge"})
-    site.client("ada").post(address(event) + "/review", data={"verdict": "disagree"})
+    site.client("rita").post(address(event) + "/review", data={"verdict": "acknowledge", **site.shown(event)})
+    site.client("ada").post(address(event) + "/review", data={"verdict": "disagree", **site.shown(event)})
     assert [row["reader"] for row in kept_reviews(site)] == ["rita", "ada"]
     with site.ledger.read() as connection:
         assert connection.execute(select(results.c.acknowledged_by)).scalar_one() == "rita"
@@ -253,7 +253,8 @@ def test_the_first_acknowledgement_stays_when_others_follow(site):
     ],
 )
 def test_a_review_that_makes_no_sense_is_refused(site, form):
-    answer = site.client("rita").post(address(site.add(1)) + "/review", data=form)
+    event = site.add(1)
+    answer = site.client("rita").post(address(event) + "/review", data={**form, **site.shown(event)})
     assert answer.status_code == 400
     assert kept_reviews(site) == []
 
@@ -271,7 +272,7 @@ def test_in_shadow_mode_the_page_tells_a_reader_nothing_before_the_verdict(shado
     assert f"Slice {SLICES // 2 + 1} of {SLICES}" in page  # the middle, not the hottest
     assert client.get(address(event) + "/slice/8.png?mask=1").status_code == 403
     assert client.get(address(event) + "/slice/8.png").status_code == 200
-    assert client.post(address(event) + "/review", data={"verdict": "agree"}).status_code == 400
+    assert client.post(address(event) + "/review", data={"verdict": "agree", **shadow.shown(event)}).status_code == 400
 
 
 def test_in_shadow_mode_pages_look_the_same_for_either_prediction(shadow):
@@ -301,20 +302,20 @@ def test_in_shadow_mode_a_verdict_is_compared_with_the_hidden_prediction_and_rev
 ):
     event = shadow.add(1, disposition)
     client = shadow.client("rita")
-    client.post(address(event) + "/review", data={"verdict": verdict})
+    client.post(address(event) + "/review", data={"verdict": verdict, **shadow.shown(event)})
     (row,) = kept_reviews(shadow)
     assert (row["action"], row["finding_kind"], row["prediction_shown"]) == (action, kind, False)
     page = client.get(address(event)).text
     assert disposition.capitalize() in page
     assert "mask=1" in page
-    client.post(address(event) + "/review", data={"verdict": "unsure"})
+    client.post(address(event) + "/review", data={"verdict": "unsure", **shadow.shown(event)})
     assert kept_reviews(shadow)[1]["prediction_shown"] is True
 
 
 def test_in_shadow_mode_to_acknowledge_is_no_verdict_and_reveals_nothing(shadow):
     event = shadow.add(1)
     client = shadow.client("rita")
-    client.post(address(event) + "/review", data={"verdict": "acknowledge"})
+    client.post(address(event) + "/review", data={"verdict": "acknowledge", **shadow.shown(event)})
     assert "Positive" not in client.get(address(event)).text
 
 
@@ -327,5 +328,7 @@ def test_in_shadow_mode_researchers_and_administrators_see_all(shadow, who):
 
 def test_in_shadow_mode_another_readers_verdict_is_hidden_too(shadow):
     event = shadow.add(1)
-    shadow.client("ada").post(address(event) + "/review", data={"verdict": "agree", "note": "seen by ada"})
+    shadow.client("ada").post(
+        address(event) + "/review", data={"verdict": "agree", "note": "seen by ada", **shadow.shown(event)}
+    )
     assert "seen by ada" not in shadow.client("rita").get(address(event)).text

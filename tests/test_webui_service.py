@@ -17,7 +17,8 @@ from webui.service import serve
 
 def agree(site, number: int) -> None:
     event = site.add(number)
-    answer = site.client("rita").post(f"/series/{event.series_instance_uid}/1/review", data={"verdict": "agree"})
+    form = {"verdict": "agree", **site.shown(event)}
+    answer = site.client("rita").post(f"/series/{event.series_instance_uid}/1/review", data=form)
     assert answer.status_code == 303  # the reader gets success whatever the bus does
 
 

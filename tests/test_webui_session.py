@@ -8,7 +8,7 @@ from flask import redirect
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import select
-from webui_site import PASSWORD, open_site, served
+from webui_site import PASSWORD, open_site, served, triaged
 
 from herald.config import LedgerConfig
 from herald.errors import ConfigError
@@ -223,7 +223,9 @@ def test_who_tries_many_links_must_wait_but_a_link_that_holds_is_followed_all_th
     assert "Log in and open the worklist" in answer.text
     assert [row for row in audited(site) if row[1] == page.REFUSED] == [("", page.REFUSED)] * 3
     assert site.client().get(good).status_code == 200
-    assert "Nobody else will be paged" in site.client().post(good, follow_redirects=True).text
+    assert (
+        "Nobody else will be paged" in site.client().post(good, data=site.shown(triaged(1)), follow_redirects=True).text
+    )
 
 
 # --- behind a reverse proxy ------------------------------------------------------------------------------------------
@@ -304,10 +306,11 @@ def test_neither_accession_numbers_nor_passwords_nor_links_are_logged(tmp_path, 
             def form(path: str, **fields: str) -> requests.Response:
                 tokens = re.findall(r'name="csrf_token" value="([^"]+)"', browser.get(url + path, timeout=30).text)
                 target = {"/login": "/login", "/": "/logout"}.get(path, f"{path}/review")
-                return browser.post(url + target, data={"csrf_token": tokens[0], **fields}, timeout=30)
+                given = {"csrf_token": tokens[0], **site.shown(event), **fields}
+                return browser.post(url + target, data=given, timeout=30)
 
             browser.get(url + link, timeout=30)
-            browser.post(url + link, data={"name": "Anna Reader"}, timeout=30)
+            browser.post(url + link, data={"name": "Anna Reader", **site.shown(event)}, timeout=30)
             browser.get(url + link[:-1], timeout=30)
             form("/login", name="rita", password="a wrong password")
             browser.post(url + "/login", data={"name": "rita", "password": "without a token"}, timeout=30)

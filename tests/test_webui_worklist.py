@@ -24,7 +24,7 @@ def accessions(site, **query) -> list[str]:
 
 def review(site, event, verdict: str, who: str = "rita"):
     return site.client(who).post(
-        f"/series/{event.series_instance_uid}/{event.revision}/review", data={"verdict": verdict}
+        f"/series/{event.series_instance_uid}/{event.revision}/review", data={"verdict": verdict, **site.shown(event)}
     )
 
 
@@ -433,10 +433,28 @@ def test_next_goes_through_unread_analysed_series_and_then_says_so(site):
     site.put(triaged(3, "positive"))
     client = site.client("rita")
     assert triaged(3).series_instance_uid in client.get("/next").location
-    assert triaged(2).series_instance_uid in client.get(f"/next?after={triaged(3).series_instance_uid}").location
+    assert (
+        triaged(2).series_instance_uid
+        in client.get(f"/next?after={triaged(3).series_instance_uid}&revision=1").location
+    )
     review(site, triaged(3), "agree")
     review(site, triaged(2, "negative"), "agree")
     assert "Nothing is left to read." in client.get("/next", follow_redirects=True).text
+
+
+@pytest.mark.parametrize(
+    ("of_revisions", "at", "then"), [(("positive", "failed"), 2, 1), (("negative", "positive"), 1, 2)]
+)
+def test_next_passes_over_the_result_that_one_comes_from_and_over_no_other_revision_of_its_series(
+    site, of_revisions, at, then
+):
+    for revision, disposition in enumerate(of_revisions, start=1):
+        site.add(1, disposition, revision=revision)
+    client, series = site.client("rita"), f"/series/{triaged(1).series_instance_uid}"
+    (following,) = re.findall(r'id="next" [^>]*href="([^"]+)"', client.get(f"{series}/{at}").text)
+    assert client.get(html.unescape(following)).location == f"{series}/{then}"
+    (following,) = re.findall(r'id="next" [^>]*href="([^"]+)"', client.get(f"{series}/{then}").text)
+    assert client.get(html.unescape(following)).location == "/"
 
 
 def test_in_shadow_mode_neither_words_nor_order_tell_a_reader_the_prediction(shadow):

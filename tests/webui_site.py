@@ -28,7 +28,7 @@ from herald.ledger import Ledger, open_ledger, pages
 from herald.links import page_link
 from herald.signatures import FINDINGS, IN_PLANE
 from herald.store import Prediction, StudyStore
-from webui import users
+from webui import record, users
 from webui.app import create_app
 from webui.context import EXTENSION
 from webui.publisher import ReviewPublisher
@@ -89,6 +89,11 @@ class Site:
             )
         assert self.put(event).status_code == 201
         return event
+
+    def shown(self, event: SeriesTriaged) -> dict[str, str]:
+        """What a form carries of a page that is loaded now: which result of the series revision it shows."""
+        result = record.find_result(self.ledger, event.series_instance_uid, event.revision)
+        return {"decided_at": result.event.occurred_at.isoformat()} if result else {}
 
     def link(self, event: SeriesTriaged) -> str:
         """The path of a link to the page of a series revision; the page is made unless there is one."""

@@ -17,6 +17,7 @@ from herald.config import Config
 from herald.events import utc_now
 from herald.ledger import Ledger, adjudications, labels, results, reviews
 from herald.signatures import FINDINGS
+from herald.superseded import ANALYSED
 from herald.validation.collect import collect
 from herald.validation.row import ValidationRow
 from webui import audit, blind, record
@@ -185,7 +186,7 @@ def find_waiting(connection: Connection) -> list[str]:
         .where(
             reviews.c.undone_at.is_(None),
             reviews.c.action.in_(("agree", "disagree")),
-            results.c.disposition.in_(record.ANALYSED),
+            results.c.disposition.in_(ANALYSED),
         )
     )
     labelled = (

@@ -140,6 +140,7 @@ def _add_errors(app: Flask) -> None:
     app.register_error_handler(LinkError, _bad_link)
     app.register_error_handler(LedgerError, _ledger_down)
     app.register_error_handler(StoreError, _store_down)
+    app.register_error_handler(record.ResultChanged, _changed)
 
 
 def _http_error(error: HTTPException) -> ResponseReturnValue:
@@ -158,6 +159,10 @@ def _expired_form(error: CSRFError) -> ResponseReturnValue:
 def _bad_link(error: LinkError) -> ResponseReturnValue:
     text = str(error)
     return _say(403, "This link cannot be used", text[:1].upper() + text[1:] + ".")
+
+
+def _changed(error: record.ResultChanged) -> ResponseReturnValue:
+    return _say(409, "The result has changed", str(error))
 
 
 def _ledger_down(error: LedgerError) -> ResponseReturnValue:

@@ -15,6 +15,7 @@ from herald.config import Config, required_secret
 from herald.events import SeriesTriaged
 from herald.ledger import Ledger
 from herald.sites import mode_of, site_of
+from herald.superseded import ANALYSED
 from webui import record
 from webui.context import context
 from webui.record import CHOSEN, OPEN, SHADOW, Blind
@@ -25,7 +26,7 @@ _SALT = b"herald.blind"
 
 def drawn(config: Config, event: SeriesTriaged) -> Blind:
     """Why a reader of this series must judge before the prediction is shown, or OPEN."""
-    if event.disposition not in record.ANALYSED:
+    if event.disposition not in ANALYSED:
         return OPEN
     if mode_of(site_of(event, config), config) == "shadow":
         return SHADOW
@@ -57,7 +58,7 @@ def is_unseen(event: SeriesTriaged) -> bool:
 
 def note_shown(*events: SeriesTriaged) -> None:
     """Note that who is logged in sees these predictions: once for each series, which is the first time."""
-    analysed = [event for event in events if event.disposition in record.ANALYSED]
+    analysed = [event for event in events if event.disposition in ANALYSED]
     record.note_shown(context().ledger, user().name, address(), analysed)
 
 

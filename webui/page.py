@@ -7,7 +7,7 @@ from flask.typing import ResponseReturnValue
 from flask_login import current_user  # type: ignore[import-untyped]
 
 from herald.errors import LinkError
-from herald.events import Action
+from herald.events import Action, SeriesTriaged
 from herald.links import ReviewLink, follow_link
 from webui import audit, blind, record, series, viewer, words
 from webui.context import context
@@ -58,11 +58,11 @@ def acknowledge(token: str) -> ResponseReturnValue:
     result = record.find_result(parts.ledger, link.series_instance_uid, link.revision)
     if result is None:
         return render_template("page/waiting.html"), 404
-    who = _who()
+    event, who = series.answered(result), _who()
     verdict = request.form.get("verdict", "")
     if verdict:  # here and not at the series: this address is its own proof against forged forms
-        return _judge(result, verdict)
-    given = record.add_review(parts.ledger, result.event, "acknowledge", who, prediction_shown=True)
+        return _judge(event, verdict)
+    given = record.add_review(parts.ledger, event, "acknowledge", who, prediction_shown=True)
     parts.publisher.wake()
     study = link.study_instance_uid
     record.add_audit(parts.ledger, who, address(), "acknowledge-page", study, link.series_instance_uid)
@@ -73,12 +73,12 @@ def acknowledge(token: str) -> ResponseReturnValue:
     return redirect(url_for(".show", token=token), 303)
 
 
-def _judge(result: record.Result, verdict: str) -> ResponseReturnValue:
+def _judge(event: SeriesTriaged, verdict: str) -> ResponseReturnValue:
     if not _may_review():
         abort(403)
     if verdict not in record.VERDICTS:
         abort(400)
-    event, action = result.event, cast(Action, verdict)
+    action = cast(Action, verdict)
     record.add_review(context().ledger, event, action, user().name, prediction_shown=True)
     context().publisher.wake()
     flash(f"Recorded: {words.ACTIONS[action]}.")
@@ -89,6 +89,13 @@ def _judge(result: record.Result, verdict: str) -> ResponseReturnValue:
         describe=1 if series.is_bleed(action, event) else None,
     )
     return redirect(here, 303)
+
+
+@blueprint.errorhandler(record.ResultChanged)
+def changed(error: record.ResultChanged) -> ResponseReturnValue:
+    """I am told that what I answered is not what Herald says now, and see what it says."""
+    flash(str(error), "notice")
+    return make_response(show(**(request.view_args or {})), 409)
 
 
 @blueprint.errorhandler(LinkError)

@@ -24,13 +24,15 @@ from sqlalchemy import (
     update,
 )
 
+from herald.errors import HeraldError
 from herald.events import Action, SeriesReviewed, SeriesTriaged, utc_now
 from herald.ledger import Ledger, audit, pages, results, reviews, series
+from herald.superseded import ANALYSED, NEWEST_ANALYSED, SUPERSEDED
+from webui import words
 
 PAGE_SIZE = 50
 _COMPLETED_AT_ONCE = 500
 VERDICTS = ("agree", "disagree", "unsure")
-ANALYSED = ("positive", "negative")
 
 Blind = Literal["", "shadow", "chosen"]
 OPEN: Blind = ""
@@ -41,23 +43,16 @@ VIEW_SERIES = "view-series"
 VIEW_PREDICTION = "view-prediction"
 """Audit action of the first time that a prediction is shown to a user."""
 
-_newer = results.alias("newer")
-_is_newer = and_(_newer.c.series_instance_uid == results.c.series_instance_uid, _newer.c.revision > results.c.revision)
-_newer_analysed = _newer.c.disposition.in_(ANALYSED)
-_NEWEST_ANALYSED = and_(results.c.disposition.in_(ANALYSED), ~exists().where(_is_newer, _newer_analysed))
 _LISTED = results.c.superseded.is_not(True)  # null is a row of an earlier version, until `complete_results`
 _UNACKNOWLEDGED_POSITIVE = and_(results.c.disposition == "positive", results.c.acknowledged_at.is_(None))
-# what no failure may hide; in shadow mode a negative neither, or being listed would tell blind readers of a positive
-_WAITS = and_(
-    results.c.acknowledged_at.is_(None),
-    results.c.disposition.in_(ANALYSED),
-    or_(results.c.disposition == "positive", results.c.blind.is_not_distinct_from(SHADOW)),
-)
-_SUPERSEDED = exists().where(_is_newer, or_(_newer_analysed, ~_WAITS))
 _OF_RESULT = and_(
     reviews.c.series_instance_uid == results.c.series_instance_uid, reviews.c.revision == results.c.revision
 )
 _COUNTS = and_(reviews.c.action.in_(VERDICTS), reviews.c.undone_at.is_(None))
+
+
+class ResultChanged(HeraldError):
+    """Raised when a reader answers a result that is no longer the one stored; nothing is recorded."""
 
 
 @dataclass(frozen=True)
@@ -219,13 +214,13 @@ def upsert_result(ledger: Ledger, event: SeriesTriaged, blind: Blind = OPEN) -> 
                     blind=blind,
                 )
             )
-        connection.execute(update(results).where(of_series).values(superseded=_SUPERSEDED))
+        connection.execute(update(results).where(of_series).values(superseded=SUPERSEDED))
     return not known
 
 
 def complete_results(ledger: Ledger) -> int:
     """Fill in what an earlier version did not write of its results, and list what it hid; gives their number."""
-    hidden = and_(results.c.superseded.is_(True), ~_SUPERSEDED)
+    hidden = and_(results.c.superseded.is_(True), ~SUPERSEDED)
     missing = select(results.c.series_instance_uid, results.c.revision, results.c.event).where(
         or_(results.c.superseded.is_(None), results.c.disagreement.is_(None), hidden)
     )
@@ -239,7 +234,7 @@ def complete_results(ledger: Ledger) -> int:
                     update(results)
                     .where(results.c.series_instance_uid == uid, results.c.revision == revision)
                     .values(
-                        superseded=_SUPERSEDED,
+                        superseded=SUPERSEDED,
                         leading_finding=leading_finding(event),
                         disagreement=bool(event.disagreements),
                     )
@@ -292,7 +287,7 @@ def find_analysed(ledger: Ledger, study_instance_uid: str) -> list[Result]:
     """Of every series of a study the newest revision that was searched for haemorrhage, positives first."""
     statement = (
         select(results)
-        .where(results.c.study_instance_uid == study_instance_uid, _NEWEST_ANALYSED)
+        .where(results.c.study_instance_uid == study_instance_uid, NEWEST_ANALYSED)
         .order_by(results.c.disposition.desc(), results.c.triaged_at)
     )
     with ledger.read() as connection:
@@ -316,8 +311,9 @@ def _result(row: RowMapping) -> Result:
 def find_worklist(ledger: Ledger, query: WorklistQuery) -> Worklist:
     """What is listed of every series and matches: positives nobody acknowledged, oldest first; then newest first.
 
-    Listed is the newest revision, and an earlier one that still waits for a reader (`_WAITS`) or a newer analysis.
-    What is hidden from a blind reader is in the order of time alone, since any other would tell the prediction.
+    Listed is the newest revision, and an earlier one that still waits for a reader or a newer analysis, see
+    `herald.superseded`. What is hidden from a blind reader is in the order of time alone, since any other would tell
+    the prediction.
     """
     matching = _matching(query)
     urgent = _urgent(query.blind_reader)
@@ -360,12 +356,13 @@ def _rows(connection: Connection, keys: Collection[tuple[str, int]], reader: str
     return [row for row in rows if (row["series_instance_uid"], row["revision"]) in keys]
 
 
-def next_unread(ledger: Ledger, after: str, blind_reader: str) -> tuple[str, int] | None:
-    """Series and revision that should be read next, other than series `after`; None when nothing is left."""
+def next_unread(ledger: Ledger, after: tuple[str, int | None], blind_reader: str) -> tuple[str, int] | None:
+    """Series and revision that should be read next, other than those of `after`; None when nothing is left."""
     query = WorklistQuery(disposition="analysed", unreviewed=True, blind_reader=blind_reader)
+    there = and_(results.c.series_instance_uid == after[0], results.c.revision == after[1])
     statement = (
         select(results.c.series_instance_uid, results.c.revision)
-        .where(*_matching(query), results.c.series_instance_uid != after)
+        .where(*_matching(query), ~there)
         .order_by(*_order(_urgent(blind_reader)))
         .limit(1)
     )
@@ -578,7 +575,8 @@ def add_review(
 
     Of several readers at once one is first, and everybody is told the same one. Every review is kept, so that a reader
     who was second can still stop a page. A later revision of the same series stays unacknowledged: this reader has not
-    seen it. When the reader first opened the series is taken from the audit.
+    seen it. When the reader first opened the series is taken from the audit. Raises ResultChanged where another result
+    has come in the place of `event`.
     """
     now = utc_now()
     opened_at = select(func.min(audit.c.occurred_at)).where(
@@ -618,11 +616,24 @@ def add_review(
         connection.execute(
             update(results)
             .where(results.c.study_instance_uid == event.study_instance_uid, results.c.acknowledged_at == now)
-            .values(superseded=_SUPERSEDED)
+            .values(superseded=SUPERSEDED)
         )
-        held = connection.execute(select(results.c.acknowledged_by, results.c.acknowledged_at).where(own)).one()
+        columns = (results.c.acknowledged_by, results.c.acknowledged_at, results.c.posted_at, results.c.triaged_at)
+        held = connection.execute(select(*columns).where(own).with_for_update()).one()  # no other comes until we commit
+        if held.triaged_at != event.occurred_at:
+            raise result_changed(held.posted_at, held.triaged_at)
     return Acknowledgement(
-        held[0], held[1], (event.series_instance_uid, event.revision) in [tuple(row) for row in taken]
+        held.acknowledged_by,
+        held.acknowledged_at,
+        (event.series_instance_uid, event.revision) in [tuple(row) for row in taken],
+    )
+
+
+def result_changed(posted_at: datetime, triaged_at: datetime) -> ResultChanged:
+    """What to tell a reader to whom an earlier result was shown."""
+    at = max(posted_at, triaged_at)  # the first moves with the disposition only, the second is of another host's clock
+    return ResultChanged(
+        f"This result changed at {words.clock(at)} after the page was loaded: look again. Nothing was recorded."
     )
 
 

@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
 
-from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
+from flask import Blueprint, abort, flash, make_response, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
 from herald.events import Action, Finding, SeriesTriaged
 from herald.signatures import FINDINGS, HEADS
+from herald.superseded import ANALYSED
 from herald.volume import WINDOWS
 from webui import audit, blind, record, viewer, words
 from webui.context import context
 from webui.picture import Stack
-from webui.record import Result, Review
+from webui.record import Result, ResultChanged, Review
 from webui.session import allow, user
 
 blueprint = Blueprint("series", __name__, url_prefix="/series")
@@ -107,7 +108,7 @@ def show(series_instance_uid: str, revision: int) -> ResponseReturnValue:
 def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     """I acknowledge, or say whether Herald was right, or before I see that, what there is."""
     parts = context()
-    event = viewer.result_of(series_instance_uid, revision).event
+    event = answered(viewer.result_of(series_instance_uid, revision))
     unseen = blind.is_unseen(event)
     verdict = request.form.get("verdict", "")
     action, (kind, note) = _action(verdict, event, unseen), _kind_and_note()
@@ -138,7 +139,7 @@ def review(series_instance_uid: str, revision: int) -> ResponseReturnValue:
 def describe(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     """I add to my verdict what kind of bleed I saw, and a note; the verdict as it was stays in the record."""
     parts = context()
-    event = viewer.result_of(series_instance_uid, revision).event
+    event = answered(viewer.result_of(series_instance_uid, revision))
     kind, note = _kind_and_note()
     own = _own_verdict(record.find_reviews(parts.ledger, series_instance_uid, revision))
     if own is None:
@@ -167,7 +168,7 @@ def describe(series_instance_uid: str, revision: int) -> ResponseReturnValue:
 @allow("reader", "admin")
 def undo(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     """I take back my verdict."""
-    event = viewer.result_of(series_instance_uid, revision).event
+    event = answered(viewer.result_of(series_instance_uid, revision))
     if not record.undo_verdict(context().ledger, event, user().name):
         return _answer(event, "There is no verdict of yours to take back.")
     return _answer(
@@ -177,13 +178,34 @@ def undo(series_instance_uid: str, revision: int) -> ResponseReturnValue:
     )
 
 
+@blueprint.errorhandler(ResultChanged)
+def changed(error: ResultChanged) -> ResponseReturnValue:
+    """I am told that what I answered is not what Herald says now, and see what it says."""
+    flash(str(error), "notice")
+    if request.headers.get("X-Fragment") == "read":
+        return "", 409  # all of the page has changed: the script loads it, and it says so
+    return make_response(show(**(request.view_args or {})), 409)
+
+
+def answered(result: Result) -> SeriesTriaged:
+    """The result that a form answers; raises ResultChanged where its page showed another, or does not say which."""
+    decided_at = request.form.get("decided_at")
+    if not decided_at:
+        raise ResultChanged("This page does not say which result it showed: look again. Nothing was recorded.")
+    if decided_at != result.event.occurred_at.isoformat():
+        raise record.result_changed(result.posted_at, result.event.occurred_at)
+    return result.event
+
+
 def _answer(event: SeriesTriaged, said: str, *, describes: bool = False) -> ResponseReturnValue:
     """What was done, in words: on the page again, or for a script on the part of it that has changed."""
     uid, revision = event.series_instance_uid, event.revision
     if request.headers.get("X-Fragment") == "read":
         result = viewer.result_of(uid, revision)
         # a part that is shown in place reveals nothing: only the page itself does, which notes it
-        return render_template("series/read.html", said=said, **_read(result, blind.is_unseen(event), describes))
+        part = _read(result, blind.is_unseen(event), describes)
+        # the rest of the page still shows the result that was answered
+        return render_template("series/read.html", said=said, **{**part, "decided_at": event.occurred_at})
     flash(said)
     here = url_for(".show", series_instance_uid=uid, revision=revision, describe=1 if describes else None)
     return redirect(here, 303)
@@ -203,6 +225,7 @@ def _read(result: Result, hidden: bool, describes: bool) -> dict[str, Any]:
         "result": result,
         "event": event,
         "here": {"series_instance_uid": event.series_instance_uid, "revision": event.revision},
+        "decided_at": event.occurred_at,
         "blind": hidden,
         "may_review": user().role in ("reader", "admin"),
         "standing": [one for one in said if one.review in standing.values()],
@@ -227,7 +250,7 @@ def _kind_and_note() -> tuple[str | None, str | None]:
 
 def _action(verdict: str, event: SeriesTriaged, unseen: bool) -> Action | None:
     """The action that a verdict means; a blind reader says what there is, and agrees or disagrees by that."""
-    if verdict in ("haemorrhage", "no_haemorrhage") and event.disposition in record.ANALYSED:
+    if verdict in ("haemorrhage", "no_haemorrhage") and event.disposition in ANALYSED:
         return "agree" if (verdict == "haemorrhage") == (event.disposition == "positive") else "disagree"
     if verdict in ("agree", "disagree") and unseen:
         return None

@@ -73,7 +73,8 @@ def events() -> ResponseReturnValue:
 @blueprint.get("/next")
 def next_unread() -> ResponseReturnValue:
     """I go on to the next series that has not been read."""
-    found = record.next_unread(context().ledger, request.args.get("after", ""), blind.reader())
+    after = request.args.get("after", ""), request.args.get("revision", type=int)
+    found = record.next_unread(context().ledger, after, blind.reader())
     if found is None:
         flash("Nothing is left to read.")
         return redirect(url_for("worklist.index"))

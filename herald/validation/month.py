@@ -16,13 +16,14 @@ from uuid import UUID
 import msgspec
 import numpy as np
 import typer
-from sqlalchemy import Table, insert
+from sqlalchemy import Table, insert, update
 
 from herald import __version__
 from herald.config import Config, load_config
 from herald.errors import ConfigError
 from herald.events import Disposition, Finding, Label, SeriesTriaged
 from herald.ledger import Ledger, adjudications, labels, open_ledger, pages, results, reviews, series
+from herald.superseded import SUPERSEDED
 from herald.validation.chain import append
 from herald.validation.collect import collect
 from herald.validation.report import SIMULATED
@@ -146,6 +147,7 @@ def simulate(ledger: Ledger, config: Config, series_count: int = 3000, seed: int
     with ledger.begin() as connection:
         for table, rows in month.rows.items():
             connection.execute(insert(table), rows)
+        connection.execute(update(results).values(superseded=SUPERSEDED))
     now = START + timedelta(days=DAYS + 2)
     with ledger.read() as connection:
         collected = list(collect(connection, config, now))
@@ -369,10 +371,6 @@ def _event(
 
 
 def _add_result(month: _Month, event: SeriesTriaged) -> None:
-    if event.revision > 1:
-        for row in month.rows[results]:
-            if row["series_instance_uid"] == event.series_instance_uid:
-                row["superseded"] = True
     kinds = [finding for finding in event.findings if finding.kind != "any"]
     positive = event.disposition == "positive"
     month.add(
@@ -388,7 +386,6 @@ def _add_result(month: _Month, event: SeriesTriaged) -> None:
         event=msgspec.to_builtins(event),
         triaged_at=event.occurred_at,
         posted_at=event.occurred_at + month.seconds(0.05, 0.1),
-        superseded=False,
         leading_finding=max(kinds, key=lambda finding: finding.probability).kind if positive else None,
         disagreement=bool(event.disagreements),
     )

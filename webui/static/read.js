@@ -19,6 +19,7 @@ async function send(form, submitter) {
       body: new FormData(form, submitter),
       headers: { "X-Fragment": "read" },
     });
+    if (answer.status === 409) return location.replace(panel().dataset.page); // another result: the page says so
     if (!answer.ok || answer.redirected) throw new Error(`${answer.status}`);
     const text = await answer.text();
     panel().outerHTML = text;
@@ -106,9 +107,8 @@ for (const key of ["a", "d", "u", "k", "y", "x", "z"]) bindings[key] = press(key
 onKeys(bindings);
 
 const here = new URL(location);
-if (here.searchParams.has("describe")) {
-  here.searchParams.delete("describe"); // a reload is not asked again
-  history.replaceState(null, "", here);
-}
+here.pathname = panel().dataset.page; // the answer to a form that was refused has the address of the form
+here.searchParams.delete("describe"); // a reload is not asked again
+if (here.href !== location.href) history.replaceState(null, "", here);
 const opened = document.getElementById("description");
 if (opened?.open) ask(opened);
