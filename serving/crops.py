@@ -4,11 +4,13 @@ The data are prepared once through `herald.volume.detection_input`, which is exa
 follows from the seed and its number alone, so that a run that was cut short goes on as if it had not been.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 
 import keras  # type: ignore[import-untyped]
@@ -40,7 +42,8 @@ KEPT_IN_MEMORY = 300  # patients of some 10 MB
 RIM_SHARE = 0.5  # of all crops, made brighter under the skull
 AGED_SHARE = 0.4  # of all crops, given the wide furrows of old age: most patients of CT-ICH are young
 SIMULATED_SEED = 20
-SIMULATED = 48  # heads to learn from, half of them bleeding
+WORTH_PROCESSES = 8  # patients to prepare: a process takes some seconds to import Keras
+SIMULATED = 48  # heads to learn from, half of them bleeding; one takes some five seconds to prepare
 BONE_HOUNSFIELD = 150
 LEAST_SEEN_MM2 = 20.0  # of a simulated bleed in a slice: of less nobody could say whether it is there
 HELD_OUT_SIMULATED, HELD_OUT_FROM = 40, 1000  # other ones, to measure on
@@ -149,16 +152,30 @@ def load_patients(data: Path, work: Path, source: str) -> list[Prepared]:
     else:
         folder, names, read = ALL_SETS[source]
         readers = {name: partial(read, data / folder, name) for name in names(data / folder)}
-    missing = {name: read for name, read in readers.items() if not (work / f"{source}_{name}.npz").exists()}
+    paths = {name: work / f"{source}_{name}.npz" for name in readers}
+    missing = {path: readers[name] for name, path in paths.items() if not path.exists()}
     if missing:
-        with progress() as bar:
-            for name, read in bar.track(missing.items(), description=f"preparing {source}"):
-                partly = work / f"{source}_{name}.partly.npz"
-                ready = prepare(read())
-                known = {name: getattr(ready, name) for name in KNOWN}
-                np.savez(partly, **known, **vars(ready.pixels))
-                partly.rename(work / f"{source}_{name}.npz")
-    return [_stored(work / f"{source}_{name}.npz") for name in readers]
+        with progress() as bar, _workers(len(missing)) as pool:
+            task = bar.add_task(f"preparing {source}", total=len(missing))
+            for _ in pool.map(_prepare_to, missing.values(), missing):
+                bar.advance(task)
+    return [_stored(path) for path in paths.values()]
+
+
+def _workers(patients: int) -> Executor:
+    """Processes, one for each processor, where there are enough patients to be worth their start."""
+    processors = len(os.sched_getaffinity(0))
+    if processors == 1 or patients < WORTH_PROCESSES:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(processors, get_context("forkserver"))
+
+
+def _prepare_to(read: Callable[[], LabelledVolume], path: Path) -> None:
+    """Prepare one patient and keep it under `path`, whole or not at all."""
+    ready = prepare(read())
+    partly = path.with_suffix(f".{os.getpid()}.partly.npz")  # two runs may prepare at once
+    np.savez(partly, **{name: getattr(ready, name) for name in KNOWN}, **vars(ready.pixels))
+    partly.rename(path)
 
 
 def _stored(path: Path) -> Prepared:

@@ -1,3 +1,5 @@
+import os
+
 import keras
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from serving.crops import (
     FOLDS,
     HELD_OUT_FROM,
     OUTPUT_SLICES,
+    WORTH_PROCESSES,
     Pixels,
     Prepared,
     Sampler,
@@ -308,6 +311,26 @@ def test_patients_are_prepared_once_and_their_pixels_read_only_when_asked_for(tm
         np.testing.assert_array_equal(getattr(stored.pixels, name), array)
     (tmp_path / "prepared" / "site_x.npz").unlink()
     assert stored.pixels.volume.any()  # read lately, so kept
+
+
+def flat_patient(folder, name):
+    """A reader that processes can be sent: it leaves the number of the one that called it."""
+    (folder / name).write_text(str(os.getpid()))
+    hounsfield = np.full((8, 64, 64), int(name), dtype=np.int16)
+    truth = np.zeros((8, 64, 64, len(FINDINGS)), dtype=np.uint8)
+    return LabelledVolume("site", name, Volume(hounsfield, np.arange(8) * 5.0, (0.9, 0.9)), truth, truth.max((1, 2)))
+
+
+def test_many_patients_are_prepared_by_other_processes_as_one_alone_would_be(tmp_path, monkeypatch):
+    names = [str(number) for number in range(WORTH_PROCESSES)]
+    (tmp_path / "set").mkdir()
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setitem(ALL_SETS, "site", ("set", lambda folder: names, flat_patient))
+    stored = load_patients(tmp_path, tmp_path / "prepared", "site")
+    assert [p.patient for p in stored] == names
+    assert [int(p.pixels.volume.max()) for p in stored] == list(range(WORTH_PROCESSES))
+    assert str(os.getpid()) not in {(tmp_path / "set" / name).read_text() for name in names}
+    assert len(list((tmp_path / "prepared").iterdir())) == len(names)
 
 
 def test_a_patient_known_to_bleed_but_not_where_is_dealt_out_as_one_and_never_learned_from_as_healthy(
