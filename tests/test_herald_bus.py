@@ -1089,6 +1089,32 @@ def test_kafka_counts_for_the_group_and_only_what_a_consumer_that_has_left_it_ha
     second.close()
 
 
+def test_kafka_counts_what_another_began_and_left_of_a_partition_that_has_been_here_before(
+    kafka_servers: str, tmp_path: Path
+) -> None:
+    config = BusConfig(url=f"kafka://{kafka_servers}/{tmp_path.name}.")
+    first, second = open_bus(config), open_bus(config)
+    for index in range(60):
+        first.publish(received(f"1.{index}"))
+    for delivery in [take(first) for _ in range(herald.bus.kafka.PARTITIONS)]:
+        first.ack(delivery)
+    out, left = take(first), []
+
+    def second_has_one() -> bool:
+        first.keep_alive(out)
+        delivery = second.fetch("router", ("series",), timeout_s=0.2)
+        left.extend([delivery] if delivery is not None else [])
+        return bool(left)
+
+    eventually(second_has_one)
+    second.close()  # without giving back what it has begun
+    first.ack(out)
+    while (delivery := take(first)).event != left[0].event:
+        first.ack(delivery)
+    assert delivery.attempt == 2
+    first.close()
+
+
 @pytest.mark.parametrize("url", ["kafka://broker", "kafka://", "kafka://a:1,b", "bus.sqlite", "amqp://a:1"])
 def test_a_url_that_names_no_bus_is_a_config_error(url: str) -> None:
     with pytest.raises(ConfigError, match=r"bus\.url"):

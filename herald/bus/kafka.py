@@ -12,13 +12,14 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from kafka import (  # type: ignore[import-untyped]
+    ConsumerRebalanceListener,
     KafkaAdminClient,
     KafkaConsumer,
     KafkaProducer,
@@ -435,12 +436,13 @@ class KafkaBus:
                 producer.close(timeout=0)
 
 
-class _Consumer:
+class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     """A group's membership: what is out, and where to go on."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
         self._out: set[TopicPartition] = set()
+        self._followed: set[TopicPartition] = set()  # held since a commit of ours: nobody else began what comes next
         self.heard_at = self._assigned_at = time.monotonic()
 
     def idle_s(self) -> float:
@@ -451,7 +453,14 @@ class _Consumer:
 
     def subscribe(self, topics: list[str]) -> None:
         if self._client.subscription() != set(topics):
-            self._client.subscribe(topics)
+            self._client.subscribe(topics, listener=self)
+
+    def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """Others may have had them."""
+        self._followed.difference_update(assigned)
+
+    def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Nothing to do before they come back."""
 
     def poll(self, timeout_s: float) -> _Record | None:
         """The next record of a partition of which none is out: committing a later one would lose the first."""
@@ -474,6 +483,8 @@ class _Consumer:
 
     def noted(self, record: _Record) -> tuple[int, str]:
         """How often the record has been begun in the group, and by whom last."""
+        if record.partition in self._followed:
+            return 0, ""
         here = self._client.committed(record.partition, metadata=True, timeout_ms=1000 * ANSWER_S)
         if here is None or here.offset != record.offset:
             return 0, ""
@@ -497,6 +508,7 @@ class _Consumer:
             self.heard_at = -math.inf
             raise
         else:
+            self._followed.add(place)
             if self._client.position(place, timeout_ms=1000 * ANSWER_S) != behind:
                 self._client.seek(place, behind)
 
@@ -508,6 +520,7 @@ class _Consumer:
     def rewind(self, record: _Record) -> None:
         """Go back, so that the record is taken again."""
         self._out.discard(record.partition)
+        self._followed.discard(record.partition)
         if record.partition in self._client.assignment():
             self._client.seek(record.partition, record.offset)
 
