@@ -40,7 +40,10 @@ class Delivery:
     topic: str
     group: str
     attempt: int
-    """1, and one more for each consumer that began it and ended or fell silent before it finished or gave it back."""
+    """1, and one more for each consumer that began it and ended or fell silent before it finished or gave it back.
+
+    On Kafka the first of those may be missing, see `herald.bus.kafka`.
+    """
     token: object
 
 
@@ -82,7 +85,7 @@ class Bus(Protocol):
         """The next delivery for the group, or None after `timeout_s` without one.
 
         Ordered per study: while one event of a study is out, no later one of that study is handed to the group.
-        A message that is not an event goes to the dead letters by itself. The attempt is durable on return.
+        A message that is not an event goes to the dead letters by itself. A counted attempt is durable on return.
         """
 
     def ack(self, delivery: Delivery) -> None:

@@ -1,8 +1,8 @@
 """The bus on Apache Kafka: one topic per kind of event, keyed by study, acknowledged by committing the offset.
 
 The producer is idempotent and waits for all replicas. A consumer commits by hand, after the effect, one event at a
-time; and before it, where it stands, with a note of how often the event was begun and by whom. Dead letters lie in
-`<topic>.dead-letter` with their reason in the headers; a replay leaves a mark there.
+time; and before the first of a partition, where it stands, with a note of how often it was begun and by whom. Dead
+letters lie in `<topic>.dead-letter` with their reason in the headers; a replay leaves a mark there.
 """
 
 import logging
@@ -310,7 +310,12 @@ class KafkaBus:
         return Delivery(event, topic, group, attempt, record)
 
     def _begin(self, consumer: "_Consumer", record: _Record, group: str) -> int:
-        """Note that the record is begun; its attempt. One by a consumer that still lives did not end its process."""
+        """Note that the record is begun; its attempt. One by a consumer that still lives did not end its process.
+
+        Only of the first record since the partition was assigned: where a consumer dies, that is where the next begins.
+        """
+        if consumer.follows(record):
+            return 1
         begun, by = consumer.noted(record)
         attempt = max(begun, 1) if by and (by == self._name or self._lives(by, group)) else begun + 1
         consumer.note(record, attempt, self._name)
@@ -442,7 +447,7 @@ class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     def __init__(self, client: Any) -> None:
         self._client = client
         self._out: set[TopicPartition] = set()
-        self._followed: set[TopicPartition] = set()  # held since a commit of ours: nobody else began what comes next
+        self._followed: set[TopicPartition] = set()  # held since a commit of ours
         self.heard_at = self._assigned_at = time.monotonic()
 
     def idle_s(self) -> float:
@@ -481,10 +486,12 @@ class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             )
         return None
 
+    def follows(self, record: _Record) -> bool:
+        """Whether it comes behind one that this consumer has finished: nobody else can have begun it."""
+        return record.partition in self._followed
+
     def noted(self, record: _Record) -> tuple[int, str]:
         """How often the record has been begun in the group, and by whom last."""
-        if record.partition in self._followed:
-            return 0, ""
         here = self._client.committed(record.partition, metadata=True, timeout_ms=1000 * ANSWER_S)
         if here is None or here.offset != record.offset:
             return 0, ""
@@ -492,8 +499,9 @@ class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         return int(begun) if begun.isdecimal() else 0, by
 
     def note(self, record: _Record, begun: int, by: str) -> None:
-        """Write so; the group still stands before the record."""
-        self._commit(record.partition, record.offset, f"{begun} {by}")
+        """Write so, unless nothing is noted of such a record; the group still stands before it."""
+        if not self.follows(record):
+            self._commit(record.partition, record.offset, f"{begun} {by}")
 
     def commit(self, record: _Record) -> None:
         """Commit behind the record, and go on there."""
