@@ -116,6 +116,20 @@ def test_exclusions_are_rows_as_well_and_an_earlier_revision_is_superseded(month
     ]
 
 
+@pytest.mark.parametrize("later", ["failed", "not_eligible", "unfinished"])
+def test_a_later_revision_that_was_not_searched_takes_no_analysed_one_out_of_the_accuracy(
+    month: Month, later: str
+) -> None:
+    month.triage(1, "failed")
+    month.triage(1, "positive", revision=2)
+    if later == "unfinished":
+        month.receive(1, revision=3)
+    else:
+        month.triage(1, later, revision=3)
+    found = [(row.revision, row.disposition, row.superseded) for row in rows(month)]
+    assert found == [(1, "failed", True), (2, "positive", False), (3, later, False)]
+
+
 @pytest.mark.parametrize(
     ("disposition", "reason", "kept"),
     [

@@ -19,6 +19,7 @@ from herald.config import Config
 from herald.events import SeriesTriaged
 from herald.ledger import adjudications, labels, pages, results, reviews, series
 from herald.sites import mode_of, site_of
+from herald.superseded import ANALYSED
 from herald.validation.row import GivenLabel, LabelKind, Reading, RowDisposition, ValidationRow
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def changed(connection: Connection, config: Config, since: datetime, now: dateti
 
 def says_haemorrhage(action: str, disposition: str) -> bool | None:
     """What a verdict on a decision says of the head; None for unsure, and where nothing was decided."""
-    if action not in ("agree", "disagree") or disposition not in ("positive", "negative"):
+    if action not in ("agree", "disagree") or disposition not in ANALYSED:
         return None
     return (action == "agree") == (disposition == "positive")
 
@@ -145,13 +146,16 @@ class _Collected:
     def rows(self, config: Config, now: datetime) -> Iterator[ValidationRow]:
         unfinished_before = now - timedelta(minutes=config.validation.unfinished_minutes)
         newest = dict(sorted(self.decided))
+        searched = dict(sorted(key for key, row in self.decided.items() if row["disposition"] in ANALYSED))
         for uid, revision in sorted({*self.received, *self.decided}):
             received, decided = self.received.get((uid, revision)), self.decided.get((uid, revision))
             if decided is None and (
                 received is None or received["closed_at"] is None or received["closed_at"] > unfinished_before
             ):
                 continue
-            yield self._row(received, decided, newest.get(uid, 0) > revision, config)
+            # what was searched is replaced only by what was searched as well, or a failure would take a page out of it
+            over = searched if revision <= searched.get(uid, 0) else newest
+            yield self._row(received, decided, over.get(uid, 0) > revision, config)
 
     def _row(self, received: Any, decided: Any, superseded: bool, config: Config) -> ValidationRow:
         either = decided or received

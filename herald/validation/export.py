@@ -127,7 +127,12 @@ COLUMNS: tuple[ExportColumn, ...] = (
     _same("scanner", "string", "", "StationName, else the calling AE title"),
     _same("calling_ae_title", "string", "", "Who sent it"),
     _same("modality", "string", "", "As the header has it"),
-    _same("superseded", "boolean", "", "A later revision of the series has a result; count each series once"),
+    _same(
+        "superseded",
+        "boolean",
+        "",
+        "A later revision has a result, and was analysed if this one was; leave it out",
+    ),
     _same(
         "acquired_at", TIME, _UTC, "When the scanner says that it acquired the series; every other time is by our clock"
     ),

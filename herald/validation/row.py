@@ -52,7 +52,7 @@ class ValidationRow:
     calling_ae_title: str = ""
     modality: str = ""
     superseded: bool = False
-    """A later revision of the series has a result."""
+    """A later revision of the series has a result, and was searched for haemorrhage if this one was."""
 
     # when
     acquired_at: datetime | None = None
