@@ -22,15 +22,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-from herald.signatures import HEMORRHAGE, IN_PLANE, PROTOCOL, PROTOCOL_SLICES, SIGNATURE_NAME
+from herald.signatures import (
+    DETECTION_IN_PLANE,
+    HEMORRHAGE,
+    PROTOCOL,
+    PROTOCOL_IN_PLANE,
+    PROTOCOL_SLICES,
+    SIGNATURE_NAME,
+)
 from serving.executor import Executor, ExecutorOptions, OpenVinoExecutor, TensorFlowExecutor, read_signatures
 
 REFERENCE = "tensorflow f32"
 
 
-def head(depth: int) -> np.ndarray:
-    """A ball of brain with a bleed in a shell of bone, with noise: (depth, 256, 256) int16 Hounsfield units."""
-    z, y, x = np.mgrid[-1 : 1 : depth * 1j, -1 : 1 : IN_PLANE * 1j, -1 : 1 : IN_PLANE * 1j]
+def head(depth: int, side: int) -> np.ndarray:
+    """A ball of brain with a bleed in a shell of bone, with noise: (depth, side, side) int16 Hounsfield units."""
+    z, y, x = np.mgrid[-1 : 1 : depth * 1j, -1 : 1 : side * 1j, -1 : 1 : side * 1j]
     radius = np.sqrt(0.5 * z**2 + y**2 + x**2)
     bleed = (z**2 + (y - 0.2) ** 2 + (x + 0.3) ** 2) < 0.02
     hounsfield = np.select([radius < 0.75, radius < 0.85], [np.where(bleed, 68, 32), 900], -1000)
@@ -90,9 +97,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--slices", type=int, default=32, help="slices of the study for the haemorrhage model")
     arguments = parser.parse_args()
+    chunk = head(PROTOCOL_SLICES, PROTOCOL_IN_PLANE)
     inputs = {
-        PROTOCOL.model: (head(PROTOCOL_SLICES)[None], np.stack([head(PROTOCOL_SLICES)] * 3)),
-        HEMORRHAGE.model: (head(arguments.slices), head(arguments.slices + 1)),
+        PROTOCOL.model: (chunk[None], np.stack([chunk] * 3)),
+        HEMORRHAGE.model: (head(arguments.slices, DETECTION_IN_PLANE), head(arguments.slices + 1, DETECTION_IN_PLANE)),
     }
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),

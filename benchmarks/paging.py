@@ -55,7 +55,7 @@ from herald.errors import BusError, LedgerError
 from herald.events import Finding, SeriesTriaged, utc_now
 from herald.ledger import Ledger, open_ledger, pages
 from herald.node import SUPERVISED
-from herald.signatures import FINDINGS, IN_PLANE
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.store import Prediction, StudyStore
 from notifier.record import page_id
 from notifier.service import PAGING_GROUP
@@ -309,15 +309,15 @@ class Herald:
 
 def prediction() -> Prediction:
     """A head with a bleed, as large in the store as a real one, so that a picture takes its usual time."""
-    row, column = np.mgrid[:IN_PLANE, :IN_PLANE].astype(np.float32)
+    row, column = np.mgrid[:DETECTION_IN_PLANE, :DETECTION_IN_PLANE].astype(np.float32)
     noise = np.random.default_rng(1)
-    hounsfield = np.full((SLICES, IN_PLANE, IN_PLANE), -1000.0, dtype=np.float32)
+    hounsfield = np.full((SLICES, DETECTION_IN_PLANE, DETECTION_IN_PLANE), -1000.0, dtype=np.float32)
     head = np.hypot((row - 128) / 115, (column - 128) / 92)
     hounsfield[:, head < 1] = 900
     hounsfield[:, head < 0.92] = 34
     bleed = np.hypot((row - 108) / 20, (column - 172) / 15) < 1
     hounsfield[12:16, bleed] = 68
-    mask = np.zeros((SLICES, IN_PLANE, IN_PLANE, len(FINDINGS)), dtype=np.uint8)
+    mask = np.zeros((SLICES, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS)), dtype=np.uint8)
     mask[12:16, bleed, :2] = 240
     slice_probability = np.full((SLICES, len(FINDINGS)), 0.03, dtype=np.float32)
     slice_probability[12:16, :2] = 0.93

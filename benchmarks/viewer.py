@@ -42,7 +42,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from herald.config import BusConfig, Config, LedgerConfig, NotifierConfig, StoreConfig, WebuiConfig
 from herald.events import Finding, SeriesTriaged, utc_now
 from herald.ledger import open_ledger
-from herald.signatures import FINDINGS, IN_PLANE
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.store import INSTANCE_SUFFIX, Prediction, StudyStore
 from webui import record
 from webui.service import serve
@@ -111,7 +111,7 @@ def store_series(store: StudyStore, uid: str, slices: int, seen: np.ndarray, ori
         ds.file_meta = FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds.save_as(folder / f"{ds.SOPInstanceUID}{INSTANCE_SUFFIX}", enforce_file_format=True)
-    mask = np.zeros((slices, IN_PLANE, IN_PLANE, len(FINDINGS)), np.uint8)
+    mask = np.zeros((slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS)), np.uint8)
     mask[seen == 68] = 240
     probability = np.where(mask.any(axis=(1, 2, 3)), 0.9, 0.02).astype(np.float32)
     prediction = Prediction(
@@ -145,7 +145,7 @@ def store_series(store: StudyStore, uid: str, slices: int, seen: np.ndarray, ori
 def fill(config: Config, count: int, slices: int) -> list[str]:
     """Series in store and ledger, with a reader; gives the paths of their pages."""
     store, ledger = StudyStore(config.store), open_ledger(config.ledger)
-    seen, originals = head(slices, IN_PLANE), head(2 * slices, MATRIX)
+    seen, originals = head(slices, DETECTION_IN_PLANE), head(2 * slices, MATRIX)
     try:
         add_user(ledger, READER, PASSWORD, "reader")
         events = [store_series(store, f"{ROOT_UID}.{n}", slices, seen, originals) for n in range(1, count + 1)]

@@ -11,8 +11,11 @@ from types import MappingProxyType
 
 SIGNATURE_NAME = "serving_default"
 
-IN_PLANE = 256
-"""Rows and columns of every model input."""
+PROTOCOL_IN_PLANE = 256
+"""Rows and columns that the protocol model sees."""
+
+DETECTION_IN_PLANE = 256
+"""Rows and columns that the haemorrhage model sees; a stored prediction keeps those of its own day."""
 
 PROTOCOL_SLICES = 8
 """Slices that the protocol model sees at a time."""
@@ -61,7 +64,7 @@ def protocol_signature(heads: Mapping[str, Sequence[str]]) -> Signature:
     """The signature of a protocol model with these heads and classes."""
     return Signature(
         model="protocol",
-        inputs={"volume": TensorSpec("int16", (None, PROTOCOL_SLICES, IN_PLANE, IN_PLANE))},
+        inputs={"volume": TensorSpec("int16", (None, PROTOCOL_SLICES, PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE))},
         outputs={head: TensorSpec("float32", (None, len(classes))) for head, classes in heads.items()},
     )
 
@@ -70,9 +73,9 @@ PROTOCOL = protocol_signature(HEADS)
 
 HEMORRHAGE = Signature(
     model="hemorrhage",
-    inputs={"volume": TensorSpec("int16", (None, IN_PLANE, IN_PLANE))},
+    inputs={"volume": TensorSpec("int16", (None, DETECTION_IN_PLANE, DETECTION_IN_PLANE))},
     outputs={
-        "mask": TensorSpec("uint8", (None, IN_PLANE, IN_PLANE, len(FINDINGS))),
+        "mask": TensorSpec("uint8", (None, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS))),
         "slice_probability": TensorSpec("float32", (None, len(FINDINGS))),
         "probability": TensorSpec("float32", (len(FINDINGS),)),
     },

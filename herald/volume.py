@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from herald.errors import NotDicomError, PixelDataError, VolumeError
 from herald.instance import MOST_SCOUTS
-from herald.signatures import IN_PLANE, PROTOCOL_SLICES
+from herald.signatures import DETECTION_IN_PLANE, PROTOCOL_IN_PLANE, PROTOCOL_SLICES
 
 AIR_HOUNSFIELD = -1024
 
@@ -419,7 +419,7 @@ def _squared(hounsfield: Hounsfield) -> Hounsfield:
 
 def _decimate(hounsfield: Hounsfield) -> Hounsfield:
     side = hounsfield.shape[1]
-    index = ((np.arange(IN_PLANE) + 0.5) * side / IN_PLANE).astype(int)
+    index = ((np.arange(PROTOCOL_IN_PLANE) + 0.5) * side / PROTOCOL_IN_PLANE).astype(int)
     return hounsfield[:, index[:, None], index[None, :]]
 
 
@@ -433,14 +433,14 @@ class Placement:
     matrix: tuple[int, int]
 
     def to_matrix(self, plane: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Put model output (..., 256, 256) back on the original matrix: (..., H, W), zero outside the square."""
+        """Put model output (..., N, N) back on the original matrix: (..., H, W), zero outside the square."""
         rows, columns = self.matrix
-        lead = plane.shape[:-2]
+        lead, seen = plane.shape[:-2], plane.shape[-1]
         out = np.zeros((*lead, rows, columns), dtype=np.float32)
         r0, r1 = max(self.top, 0), min(self.top + self.side, rows)
         c0, c1 = max(self.left, 0), min(self.left + self.side, columns)
-        row = (np.arange(r0, r1) + 0.5 - self.top) * IN_PLANE / self.side - 0.5
-        column = (np.arange(c0, c1) + 0.5 - self.left) * IN_PLANE / self.side - 0.5
+        row = (np.arange(r0, r1) + 0.5 - self.top) * seen / self.side - 0.5
+        column = (np.arange(c0, c1) + 0.5 - self.left) * seen / self.side - 0.5
         grid = np.meshgrid(row, column, indexing="ij")
         for index in np.ndindex(lead):
             out[(*index, slice(r0, r1), slice(c0, c1))] = ndimage.map_coordinates(
@@ -457,10 +457,10 @@ def detection_input(volume: Volume) -> tuple[Hounsfield, Placement]:
     """
     placement = head_square(volume.hounsfield)
     side = placement.side
-    scale = side / IN_PLANE
-    rows = placement.top + (np.arange(IN_PLANE) + 0.5) * scale - 0.5
-    columns = placement.left + (np.arange(IN_PLANE) + 0.5) * scale - 0.5
-    out = np.empty((volume.slice_count, IN_PLANE, IN_PLANE), dtype=np.int16)
+    scale = side / DETECTION_IN_PLANE
+    rows = placement.top + (np.arange(DETECTION_IN_PLANE) + 0.5) * scale - 0.5
+    columns = placement.left + (np.arange(DETECTION_IN_PLANE) + 0.5) * scale - 0.5
+    out = np.empty((volume.slice_count, DETECTION_IN_PLANE, DETECTION_IN_PLANE), dtype=np.int16)
     grid = np.meshgrid(rows, columns, indexing="ij")
     for i, plane in enumerate(volume.hounsfield):
         smooth = ndimage.uniform_filter(plane.astype(np.float32), size=max(1, round(scale)))

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herald.events import Finding
-from herald.signatures import FINDINGS, IN_PLANE
+from herald.signatures import FINDINGS
 from herald.store import Prediction
 from herald.volume import Hounsfield, Placement, Slabs
 
@@ -23,7 +23,7 @@ def findings(
 
     `mask` (D, 256, 256, C), `slice_probability` (D, C), `probability` (C,) over the slabs.
     """
-    row_mm, column_mm = (spacing * placement.side / IN_PLANE for spacing in slabs.volume.pixel_spacing_mm)
+    row_mm, column_mm = (spacing * placement.side / mask.shape[1] for spacing in slabs.volume.pixel_spacing_mm)
     voxel_ml = row_mm * column_mm * slabs.volume.slice_extents_mm / 1000  # (D,)
     voxels = (mask >= MASK_THRESHOLD).sum(axis=(1, 2))  # (D, C)
     volume_ml = voxel_ml @ voxels  # (C,)

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from herald.errors import ConfigError
-from herald.signatures import FINDINGS, IN_PLANE
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.volume import Placement, detection_input, slabs
-from serving.drawn import Cavity, brighten_rim, cavity, draw_bleed, draw_calcification, move_bleed, widen_furrows
+from serving.drawn import PX, Cavity, brighten_rim, cavity, draw_bleed, draw_calcification, move_bleed, widen_furrows
 from serving.phantom import draw_findings, simulate
 from serving.public_sets import PUBLIC_SETS
 from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere
@@ -53,7 +53,7 @@ ALL_SETS = {**SETS, **PUBLIC_SETS}
 KNOWN = ("source", "patient", "slice_truth", "study_truth", "child")
 
 # Augmentation. One crop is changed as a whole; every set alike, so that the look of a set does not give its label away.
-ROTATION_DEG, SCALE, SHIFT_PX = 45.0, 0.10, 10.0  # children and the unconscious lie as they lie
+ROTATION_DEG, SCALE, SHIFT_PX = 45.0, 0.10, 10.0 * PX  # children and the unconscious lie as they lie
 HOUNSFIELD_SHIFT, HOUNSFIELD_SCALE = 5.0, 0.06
 NOISE_HOUNSFIELD, BLUR_SHARE = 6.0, 0.3
 SATURATED_SHARE = 0.2  # of crops whose values beyond a brain window are lost, as they are in PHE-SICH
@@ -112,10 +112,10 @@ def prepare(labelled: LabelledVolume) -> Prepared:
 
 def _nearest(truth: NDArray[np.uint8], placement: Placement) -> NDArray[np.uint8]:
     """`truth` (D, H, W, C) sampled where `detection_input` samples Hounsfield units; 0 outside."""
-    step = (np.arange(IN_PLANE) + 0.5) * placement.side / IN_PLANE - 0.5
+    step = (np.arange(DETECTION_IN_PLANE) + 0.5) * placement.side / DETECTION_IN_PLANE - 0.5
     rows, columns = np.rint(placement.top + step).astype(int), np.rint(placement.left + step).astype(int)
     inside = np.ix_((rows >= 0) & (rows < truth.shape[1]), (columns >= 0) & (columns < truth.shape[2]))
-    out = np.zeros((len(truth), IN_PLANE, IN_PLANE, truth.shape[3]), dtype=np.uint8)
+    out = np.zeros((len(truth), DETECTION_IN_PLANE, DETECTION_IN_PLANE, truth.shape[3]), dtype=np.uint8)
     rows, columns = np.clip(rows, 0, truth.shape[1] - 1), np.clip(columns, 0, truth.shape[2] - 1)
     for plane, source in zip(out, truth, strict=True):
         plane[inside] = source[rows[:, None], columns[None, :]][inside]
@@ -361,7 +361,7 @@ def augment(
     )  # two in three within 13 degrees: most lie straight
     scale, shift = uniform(1 - SCALE, 1 + SCALE, (batch, 2)), uniform(-SHIFT_PX, SHIFT_PX, (batch, 2))
     flip = ops.where(uniform(0, 1, (batch,)) < 0.5, -1.0, 1.0)
-    centre = (IN_PLANE - 1) / 2
+    centre = (DETECTION_IN_PLANE - 1) / 2
     a, b = ops.cos(angle) * scale[:, 0] * flip, -ops.sin(angle) * scale[:, 1]
     c, d = ops.sin(angle) * scale[:, 0] * flip, ops.cos(angle) * scale[:, 1]
     x0 = centre + shift[:, 0] - a * centre - b * centre
@@ -371,11 +371,11 @@ def augment(
 
     def moved(x: Tensor, interpolation: str, fill: float) -> Tensor:
         depth = x.shape[1]
-        images = ops.reshape(ops.cast(x, "float32"), (-1, IN_PLANE, IN_PLANE, 1))
+        images = ops.reshape(ops.cast(x, "float32"), (-1, DETECTION_IN_PLANE, DETECTION_IN_PLANE, 1))
         images = ops.image.affine_transform(
             images, ops.repeat(transforms, depth, axis=0), interpolation, "constant", fill, "channels_last"
         )
-        return ops.reshape(images, (-1, depth, IN_PLANE, IN_PLANE))
+        return ops.reshape(images, (-1, depth, DETECTION_IN_PLANE, DETECTION_IN_PLANE))
 
     volume = moved(volume, "bilinear", -1024.0)
     positive = ops.cast(moved(positive, "nearest", 0.0), "int32")
@@ -387,7 +387,7 @@ def augment(
     volume = ops.where(uniform(0, 1, each) < SATURATED_SHARE, saturated, volume)
     volume = volume * uniform(1 - HOUNSFIELD_SCALE, 1 + HOUNSFIELD_SCALE, each)
     volume = volume + uniform(-HOUNSFIELD_SHIFT, HOUNSFIELD_SHIFT, each)
-    images = ops.reshape(volume, (-1, IN_PLANE, IN_PLANE, 1))
+    images = ops.reshape(volume, (-1, DETECTION_IN_PLANE, DETECTION_IN_PLANE, 1))
     blurred = ops.reshape(ops.average_pool(images, 3, 1, "same", "channels_last"), ops.shape(volume))
     volume = ops.where(uniform(0, 1, each) < BLUR_SHARE, (volume + blurred) / 2, volume)
     noise = keras.random.normal(ops.shape(volume), seed=random)

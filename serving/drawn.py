@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from herald.signatures import FINDINGS
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -19,11 +19,12 @@ Bool = NDArray[np.bool_]
 BONE = 250.0  # Hounsfield units, above blood and most calcifications
 BRIGHT = 110.0  # above blood
 FLUID = 18.0  # below it, once smoothed: fluid rather than brain
-SLICE_PX = 5.5  # the distance of two slices in pixels of a prepared head, 5 mm and some 0.9 mm
+PX = DETECTION_IN_PLANE / 256  # lengths below are those of a prepared head of 256 pixels, some 0.9 mm each
+SLICE_PX = 5.5 * PX  # the distance of two slices, 5 mm
 ENCLOSED = 0.8  # of a cavity's outline that bone must border: face and neck have less
-CAVITY_PX = 1500  # smaller ones are sinuses, orbits and the canal
-UNEVEN_PX = 4.0  # radius above which a blob's outline shows bumps
-LEAST_PX = 12  # of blood that make a slice positive: about 10 mm2
+CAVITY_PX = 1500 * PX**2  # smaller ones are sinuses, orbits and the canal
+UNEVEN_PX = 4.0 * PX  # radius above which a blob's outline shows bumps
+LEAST_PX = 12 * PX**2  # of blood that make a slice positive: about 10 mm2
 
 KINDS = ("iph", "tiny", "ivh", "sah", "sdh", "edh")
 FINDING = {"iph": "iph", "tiny": "iph", "ivh": "ivh", "sah": "sah", "sdh": "edh_sdh", "edh": "edh_sdh"}
@@ -44,15 +45,16 @@ def cavity(volume: NDArray[np.int16]) -> Cavity:
     """Find the cranial cavity of a prepared head (D, H, W), slice by slice; slices without a closed one have none."""
     depth = np.zeros(volume.shape, dtype=np.uint8)
     for plane, out in zip(volume.astype(np.float32), depth, strict=True):
-        bone = ndimage.binary_closing(np.pad(plane > BONE, 4), iterations=3)[4:-4, 4:-4]
-        soft = ndimage.binary_erosion((plane > -20) & (plane < 110) & ~bone, iterations=2)
+        edge = _steps(4)
+        bone = ndimage.binary_closing(np.pad(plane > BONE, edge), iterations=_steps(3))[edge:-edge, edge:-edge]
+        soft = ndimage.binary_erosion((plane > -20) & (plane < 110) & ~bone, iterations=_steps(2))
         parts, count = ndimage.label(soft)
         if not count:
             continue
         sizes = np.bincount(parts.ravel())[1:]
-        ring = ndimage.binary_dilation(bone, iterations=4)
+        ring = ndimage.binary_dilation(bone, iterations=_steps(4))
         for part in np.flatnonzero(sizes > CAVITY_PX) + 1:
-            inside = ndimage.binary_fill_holes(ndimage.binary_dilation(parts == part, iterations=2)) & ~bone
+            inside = ndimage.binary_fill_holes(ndimage.binary_dilation(parts == part, iterations=_steps(2))) & ~bone
             outline = inside & ~ndimage.binary_erosion(inside)
             if (outline & ring).sum() > ENCLOSED * outline.sum():
                 out[inside] = np.minimum(ndimage.distance_transform_edt(inside), 255)[inside].astype(np.uint8)
@@ -109,12 +111,13 @@ def move_bleed(
 
 def draw_calcification(rng: np.random.Generator, volume: Float, inside: Cavity) -> Float:
     """The crop (D, H, W) with some calcified spots of a millimetre to a centimetre, which are no blood."""
-    places = np.argwhere(inside.depth > 3)
+    places = np.argwhere(inside.depth > 3 * PX)
     if not len(places):
         return volume
     for _ in range(rng.integers(1, 5)):
-        level = _ellipsoid(rng, volume.shape, places[rng.integers(len(places))], float(np.exp(rng.uniform(0.0, 1.6))))
-        weight = ndimage.gaussian_filter((level < 1).astype(np.float32), (0.3, 0.7, 0.7)) * (inside.depth > 0)
+        centre, radius_px = places[rng.integers(len(places))], PX * float(np.exp(rng.uniform(0.0, 1.6)))
+        level = _ellipsoid(rng, volume.shape, centre, radius_px)
+        weight = ndimage.gaussian_filter((level < 1).astype(np.float32), (0.3, 0.7 * PX, 0.7 * PX)) * (inside.depth > 0)
         volume = volume * (1 - weight) + weight * np.float32(rng.uniform(110, 400))
     return volume
 
@@ -125,7 +128,7 @@ def brighten_rim(rng: np.random.Generator, volume: Float, inside: Cavity) -> Flo
     y, x = np.mgrid[: volume.shape[1], : volume.shape[2]].astype(np.float32)
     towards = np.arctan2(y - y.mean(), x - x.mean()) - np.float32(rng.uniform(-np.pi, np.pi))
     side = np.clip(np.float32(rng.uniform(-0.5, 0.5)) + np.cos(towards), 0, 1)
-    rise = np.float32(rng.uniform(4, 24)) * np.exp(-depth / np.float32(rng.uniform(2, 12))) * side
+    rise = np.float32(rng.uniform(4, 24)) * np.exp(-depth / np.float32(PX * rng.uniform(2, 12))) * side
     return np.asarray(np.where(depth > 0, volume + rise, volume), np.float32)
 
 
@@ -135,20 +138,20 @@ def widen_furrows(rng: np.random.Generator, volume: Float, inside: Cavity, kept:
     Gyri that reach the skull between dark furrows look bright beside them, and are no blood.
     """
     depth = inside.depth.astype(np.float32)
-    reach = np.float32(rng.uniform(5, 22)) * np.clip(1 + 0.4 * _noise(rng, volume.shape, 60.0), 0.2, 2)
-    furrows = np.abs(_noise(rng, volume.shape, float(rng.uniform(6, 12)))) < np.float32(rng.uniform(0.2, 0.7)) * (
+    reach = np.float32(PX * rng.uniform(5, 22)) * np.clip(1 + 0.4 * _noise(rng, volume.shape, 60.0 * PX), 0.2, 2)
+    furrows = np.abs(_noise(rng, volume.shape, PX * float(rng.uniform(6, 12)))) < np.float32(rng.uniform(0.2, 0.7)) * (
         1 - depth / reach
     )
-    over = depth < np.float32(rng.uniform(0, 4)) * _noise(rng, volume.shape, 15.0)
+    over = depth < np.float32(PX * rng.uniform(0, 4)) * _noise(rng, volume.shape, 15.0 * PX)
     weight = _soft(furrows | over, rng) * _replaceable(volume, inside)
-    weight = weight * (1 - ndimage.maximum_filter(kept.astype(np.float32), (1, 5, 5)))
+    weight = weight * (1 - ndimage.maximum_filter(kept.astype(np.float32), (1, *(2 * [2 * _steps(2) + 1]))))
     return volume * (1 - weight) + weight * (np.float32(rng.uniform(2, 12)) + _texture(volume, weight > 0))
 
 
 def _texture(volume: Float, where: Bool) -> Float:
     """Noise of `volume` where it is to be replaced, without the edges of what is hidden then; 0 elsewhere."""
-    share = ndimage.gaussian_filter(where.astype(np.float32), (0, 1.5, 1.5))
-    smooth = ndimage.gaussian_filter(np.where(where, volume, 0), (0, 1.5, 1.5)) / np.maximum(share, 1e-3)
+    share = ndimage.gaussian_filter(where.astype(np.float32), (0, 1.5 * PX, 1.5 * PX))
+    smooth = ndimage.gaussian_filter(np.where(where, volume, 0), (0, 1.5 * PX, 1.5 * PX)) / np.maximum(share, 1e-3)
     return np.asarray(np.clip(np.where(where, volume - smooth, 0), -12, 12), np.float32)
 
 
@@ -160,7 +163,7 @@ def _blended(
     if blood.sum(axis=(1, 2)).max() < LEAST_PX:
         return None
     texture = _texture(volume, weight > 0)
-    uneven = _noise(rng, volume.shape, 6.0) * np.float32(rng.uniform(0, 5))
+    uneven = _noise(rng, volume.shape, 6.0 * PX) * np.float32(rng.uniform(0, 5))
     out = volume * (1 - weight) + weight * (np.float32(hounsfield) + texture + uneven)
     bit = 1 | 1 << FINDINGS.index(finding)
     return out, np.where(blood, bit, 0).astype(np.uint8), _doubtful(blood, bit)
@@ -177,8 +180,13 @@ def _doubtful(blood: Bool, bits: int) -> NDArray[np.uint8]:
     return np.where((count > 0) & (count < LEAST_PX), bits, 0).astype(np.uint8)
 
 
+def _steps(pixels: int) -> int:
+    """So many pixels of a prepared head of 256 in whole pixels of ours."""
+    return round(pixels * PX)
+
+
 def _soft(blood: Bool, rng: np.random.Generator) -> Float:
-    return ndimage.gaussian_filter(blood.astype(np.float32), (0.25, *(2 * [rng.uniform(0.5, 1.2)])))
+    return ndimage.gaussian_filter(blood.astype(np.float32), (0.25, *(2 * [PX * rng.uniform(0.5, 1.2)])))
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale_px: float) -> Float:
@@ -211,17 +219,17 @@ def _ellipsoid(rng: np.random.Generator, shape: tuple[int, ...], centre: NDArray
 
 
 def _iph(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
-    return _within(rng, volume, depth, float(np.exp(rng.uniform(1.2, 3.0))), least_depth=8)
+    return _within(rng, volume, depth, PX * float(np.exp(rng.uniform(1.2, 3.0))), least_depth=8)
 
 
 def _tiny(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
-    return _within(rng, volume, depth, float(rng.uniform(2.0, 5.0)), least_depth=3)
+    return _within(rng, volume, depth, PX * float(rng.uniform(2.0, 5.0)), least_depth=3)
 
 
 def _within(
     rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8], radius_px: float, least_depth: int
 ) -> Float | None:
-    places = np.argwhere(depth > least_depth)
+    places = np.argwhere(depth > least_depth * PX)
     if not len(places):
         return None
     return _ellipsoid(rng, volume.shape, places[rng.integers(len(places))], radius_px)
@@ -231,8 +239,8 @@ def _in_fluid(
     rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8], least: int, most: int, radius_px: float
 ) -> Float | None:
     """Where fluid between two depths is, around one of its places."""
-    smooth = ndimage.gaussian_filter(volume, (0, 0.8, 0.8))
-    fluid = (smooth < FLUID) & (smooth > -15) & (depth > least) & (depth < most)
+    smooth = ndimage.gaussian_filter(volume, (0, 0.8 * PX, 0.8 * PX))
+    fluid = (smooth < FLUID) & (smooth > -15) & (depth > least * PX) & (depth < most * PX)
     places = np.argwhere(fluid)
     if len(places) < 4 * LEAST_PX:
         return None
@@ -241,7 +249,7 @@ def _in_fluid(
 
 
 def _ivh(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
-    level = _in_fluid(rng, volume, depth, 28, 255, float(rng.uniform(10, 50)))
+    level = _in_fluid(rng, volume, depth, 28, 255, PX * float(rng.uniform(10, 50)))
     if level is not None and rng.random() < 0.6:  # blood sinks to the back, which is down for who lies
         rows = np.argwhere((level < 1).any(axis=(0, 2)))
         if len(rows):
@@ -250,15 +258,15 @@ def _ivh(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> F
 
 
 def _sah(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
-    return _in_fluid(rng, volume, depth, 1, int(rng.integers(12, 40)), float(rng.uniform(14, 60)))
+    return _in_fluid(rng, volume, depth, 1, int(rng.integers(12, 40)), PX * float(rng.uniform(14, 60)))
 
 
 def _sdh(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
-    return _on_table(rng, depth, float(rng.uniform(2.5, 9)), float(rng.uniform(35, 110)), power=4)
+    return _on_table(rng, depth, PX * float(rng.uniform(2.5, 9)), PX * float(rng.uniform(35, 110)), power=4)
 
 
 def _edh(rng: np.random.Generator, volume: Float, depth: NDArray[np.uint8]) -> Float | None:
-    radius_px = float(rng.uniform(12, 50))
+    radius_px = PX * float(rng.uniform(12, 50))
     return _on_table(rng, depth, radius_px * float(rng.uniform(0.25, 0.6)), radius_px, power=2)
 
 
@@ -266,13 +274,13 @@ def _on_table(
     rng: np.random.Generator, depth: NDArray[np.uint8], thickness_px: float, radius_px: float, power: int
 ) -> Float | None:
     """On the inner table around one of its places, thinning out towards the rim."""
-    places = np.argwhere((depth > 0) & (depth < 3))
+    places = np.argwhere((depth > 0) & (depth < 3 * PX))
     if not len(places):
         return None
     centre = places[rng.integers(len(places))]
     z, y, x = np.ogrid[: depth.shape[0], : depth.shape[1], : depth.shape[2]]
     away = np.sqrt(((z - centre[0]) * SLICE_PX) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2) / radius_px
-    thick = thickness_px * (1 - np.minimum(away, 1) ** power) * (1 + 0.15 * _noise(rng, depth.shape, 12.0))
+    thick = thickness_px * (1 - np.minimum(away, 1) ** power) * (1 + 0.15 * _noise(rng, depth.shape, 12.0 * PX))
     return np.where(depth > 0, depth / np.maximum(thick, 1e-3), np.inf).astype(np.float32)
 
 

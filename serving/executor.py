@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from herald.signatures import IN_PLANE, SIGNATURE_NAME, SIGNATURES
+from herald.signatures import DETECTION_IN_PLANE, SIGNATURE_NAME, SIGNATURES
 from herald.tensors import BY_NUMBER, Array, read_shape
 from serving.stubs import saved_model_pb2
 
@@ -121,7 +121,7 @@ def blank_inputs(signature: Any) -> dict[str, Array] | None:
         data_type = BY_NUMBER.get(info.dtype)
         if shape is None or data_type is None or data_type.word == "string":
             return None
-        sizes = [size if size is not None else IN_PLANE if axis else 1 for axis, size in enumerate(shape)]
+        sizes = [size if size is not None else DETECTION_IN_PLANE if axis else 1 for axis, size in enumerate(shape)]
         if len(shape) == 3 and shape[0] is None:  # slices of one volume, not a batch
             sizes[0] = WARM_UP_SLICES
         inputs[alias] = np.zeros(sizes, dtype=data_type.dtype)

@@ -14,7 +14,7 @@ import keras  # type: ignore[import-untyped]
 from keras import layers, ops
 
 from herald.errors import SignatureMismatch
-from herald.signatures import CONTEXT_SLICES, FINDINGS, IN_PLANE
+from herald.signatures import CONTEXT_SLICES, DETECTION_IN_PLANE, FINDINGS
 from herald.volume import BRAIN, SUBDURAL, Window
 
 WEIGHTS = Path(__file__).parent / "weights" / "hemorrhage.weights.h5"
@@ -41,7 +41,7 @@ class Sizes:
     widths: tuple[int, ...] = (len(MODEL_WINDOWS), 16, 48, 96, 160)
     blocks: tuple[int, ...] = (0, 1, 1, 2, 2)  # residual 1x3x3 blocks in the contracting arm, per level
     dropout: float = 0.2  # before the slice head, which overfits first
-    pool: int = 4  # voxel logits are averaged over pool x pool pixels before ...
+    pool: int = DETECTION_IN_PLANE // 64  # voxel logits are averaged over pool x pool pixels before ...
     top: int = 8  # ... the mean of so many highest stands for the slice: about 80 mm2 of an adult head
 
 
@@ -180,8 +180,10 @@ def build(sizes: Sizes = SIZES, slices: int | None = None, classes: int = len(FI
     Returns a model with outputs `mask` (B, D, 256, 256, C) voxel logits, `slice` (B, D, C) logits of the slice head and
     `pooled` (B, D, C), the pooled voxel logits; all uncalibrated.
     """
-    volume = keras.Input((slices, IN_PLANE, IN_PLANE), name="volume")  # int16 or float, (B, D + 4, H, W)
-    x = layers.Reshape((-1, IN_PLANE, IN_PLANE, 1), name="channel")(volume)
+    volume = keras.Input(
+        (slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE), name="volume"
+    )  # int16 or float, (B, D + 4, H, W)
+    x = layers.Reshape((-1, DETECTION_IN_PLANE, DETECTION_IN_PLANE, 1), name="channel")(volume)
     x = Windows(name="windows")(x)  # (B, D + 4, H, W, 3)
     levels = [x]  # nothing is learned at full size: there it would cost as much as at all other sizes together
     for level in range(1, CONTEXT_SLICES):

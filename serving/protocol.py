@@ -19,7 +19,7 @@ from keras import KerasTensor, layers
 
 from herald.errors import ConfigError, SignatureMismatch
 from herald.heads import Head, Heads, parse_heads, read_heads
-from herald.signatures import IN_PLANE, PROTOCOL_SLICES
+from herald.signatures import PROTOCOL_IN_PLANE, PROTOCOL_SLICES
 
 NORM_MOMENTUM = 0.9  # training takes a few hundred steps, which the usual 0.99 would lag behind
 HERE = Path(__file__).parent
@@ -108,8 +108,10 @@ def build(heads: Heads | None = None, sizes: ProtocolSizes = SIZES) -> keras.Mod
     Without `heads`, those of serving/heads/default.toml.
     """
     heads = read_heads(DEFAULT_HEADS) if heads is None else heads
-    volume = keras.Input((PROTOCOL_SLICES, IN_PLANE, IN_PLANE), dtype="int16", name="volume")
-    x = layers.Reshape((PROTOCOL_SLICES, IN_PLANE, IN_PLANE, 1), name="channel")(volume)  # (B, 8, 256, 256, 1)
+    volume = keras.Input((PROTOCOL_SLICES, PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE), dtype="int16", name="volume")
+    x = layers.Reshape((PROTOCOL_SLICES, PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE, 1), name="channel")(
+        volume
+    )  # (B, 8, 256, 256, 1)
     x = Windows(sizes.windows, dtype="float32", name="windows")(x)  # (B, 8, 256, 256, 3)
     means = []
     for stage, channels in enumerate(sizes.channels, start=1):

@@ -1,6 +1,6 @@
 """Train the haemorrhage model: `python -m serving.train hemorrhage`.
 
-    --prepare     read and cut every series once                          (.work/hemorrhage/prepared)
+    --prepare     read and cut every series once                          (.work/hemorrhage/prepared-256)
     --pretrain    learn from every set but CT-ICH                         (.work/hemorrhage/pretrained.weights.h5)
     --fold K ...  go on with CT-ICH without the patients of these folds, one model each, and score them
     --all         go on with every patient of CT-ICH, and score these     (serving/weights/hemorrhage.weights.h5)
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from herald.errors import ConfigError
-from herald.signatures import CONTEXT_SLICES, FINDINGS
+from herald.signatures import CONTEXT_SLICES, DETECTION_IN_PLANE, FINDINGS
 from serving.crops import (
     ALL_SETS,
     CROSS_VALIDATED,
@@ -46,6 +46,7 @@ from serving.crops import (
     progress,
     split,
 )
+from serving.drawn import PX
 from serving.evaluation_report import check_report_path, report, write_report
 from serving.hemorrhage import WEIGHTS, build, load
 from serving.readers import UNKNOWN
@@ -65,7 +66,7 @@ WEIGHT_DECAY = 1e-4
 SAVE_EVERY = 20  # steps, so that a run that is cut short loses little
 VOXEL_POSITIVE_WEIGHT = 3.0  # blood is 1 voxel in 500
 FINDING_WEIGHTS = (1.0, 0.4, 0.3, 0.4, 0.5)  # `any` decides whether somebody is paged
-DICE_SMOOTH = 10.0  # pixels of 1.8 mm, which keep the smallest slices from ruling
+DICE_SMOOTH = 10.0 * PX**2  # 30 mm2, which keep the smallest slices from ruling
 DICE_WEIGHT, VOXEL_WEIGHT, SLICE_WEIGHT, POOLED_WEIGHT = 0.5, 4.0, 0.5, 0.7
 
 
@@ -238,9 +239,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"there is no fold {wrong[0]} of {args.folds}; they count from 0")
     of_fold = {fold: args.weights or _of_fold(args.work, fold, args.folds) for fold in args.score}
     of_fold |= {fold: args.work / _name(fold, args.folds) for fold in args.fold}
+    prepared = args.work / f"prepared-{DETECTION_IN_PLANE}"
     if wants_patients:
         shares = args.shares or (PRETRAINING if args.pretrain else SHARES)
-        patients = [p for source in shares for p in load_patients(args.data, args.work / "prepared", source)]
+        patients = [p for source in shares for p in load_patients(args.data, prepared, source)]
     pretrained = args.work / "pretrained.weights.h5"
     if args.pretrain:
         learned = [p for p in split(patients, None, args.folds)[0] if identity(p)[0] != CROSS_VALIDATED]
@@ -272,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _, aside = split(patients, None, args.folds)
         score(args.weights or WEIGHTS, aside, args.work / "scores" / SHIPPED, "scoring the weights of all patients")
     if args.sets:
-        patients = [p for source in args.sets for p in load_patients(args.data, args.work / "prepared", source)]
+        patients = [p for source in args.sets for p in load_patients(args.data, prepared, source)]
         _, aside = split(patients, 0, args.folds)
         # the shipped ones have seen whom fold 0 keeps aside
         weights = args.weights or _of_fold(args.work, 0, args.folds)

@@ -31,7 +31,7 @@ from scipy import ndimage
 from herald.errors import ConfigError, SignatureMismatch
 from herald.header import Claim, header_claim
 from herald.heads import TRIAGE_HEADS, Head, Heads, aggregate, read_heads
-from herald.signatures import IN_PLANE, PROTOCOL_SLICES
+from herald.signatures import PROTOCOL_IN_PLANE, PROTOCOL_SLICES
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, protocol_batch, read_datasets, volume_from_datasets
 from serving import readers
 from serving.calibration import LEAST, Scored, fit_temperature, measure, out_of_fold, tempered
@@ -197,7 +197,7 @@ def _draw_cranium(path: Path, rng: np.random.Generator, i: int) -> Subject:
 def _clean(rng: np.random.Generator, subject: Subject, kind: str) -> Sample:
     """Scan without kernel and noise, which every later use draws anew."""
     orientation = str(rng.choice(["axial", "coronal", "sagittal"], p=[0.5, 0.25, 0.25]))
-    drawn = draw_acquisition(rng, subject, orientation=orientation, slices=PROTOCOL_SLICES, matrix=IN_PLANE)
+    drawn = draw_acquisition(rng, subject, orientation=orientation, slices=PROTOCOL_SLICES, matrix=PROTOCOL_IN_PLANE)
     drawn = replace(drawn, warp_mm=drawn.warp_mm + (2 if subject.region == "head" else 4), circle=False)
     image = acquire(subject, drawn, rng, noisy=False).volume.hounsfield
     return Sample(
@@ -205,7 +205,7 @@ def _clean(rng: np.random.Generator, subject: Subject, kind: str) -> Sample:
         contrast=subject.contrast if kind != "skull" else None,
         orientation=orientation,
         region=subject.region,
-        pixel_mm=drawn.field_mm / IN_PLANE,
+        pixel_mm=drawn.field_mm / PROTOCOL_IN_PLANE,
         thickness_mm=drawn.thickness_mm,
     )
 
@@ -311,7 +311,7 @@ def draw_real(patient: Patient, rng: np.random.Generator) -> Sample:
     orientation = str(rng.choice(["axial", "coronal", "sagittal"], p=[0.84, 0.08, 0.08]))
     fit = patient.fit
     field = max(fit.back - fit.front, fit.right - fit.left) * rng.uniform(1.12, 1.6)
-    ramp = ((np.arange(IN_PLANE, dtype=np.float32) + 0.5) / IN_PLANE - 0.5) * np.float32(field)
+    ramp = ((np.arange(PROTOCOL_IN_PLANE, dtype=np.float32) + 0.5) / PROTOCOL_IN_PLANE - 0.5) * np.float32(field)
     down, right = np.meshgrid(ramp, ramp, indexing="ij")
     angle = np.radians(np.clip(rng.normal(0, 9), -28, 28))
     down, right = (
@@ -322,7 +322,7 @@ def draw_real(patient: Patient, rng: np.random.Generator) -> Sample:
         right = -right
     middle = np.array([(fit.front + fit.back) / 2, (fit.left + fit.right) / 2]) + rng.normal(0, 0.03 * field, 2)
     per_slice = patient.spacing_mm / patient.pixel_mm  # in-plane pixels that one slice spans
-    index = np.empty((3, PROTOCOL_SLICES, IN_PLANE, IN_PLANE), np.float32)
+    index = np.empty((3, PROTOCOL_SLICES, PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE), np.float32)
     if orientation == "axial":
         low = 0.0 if rng.random() < 0.5 else rng.uniform(0, 0.25)
         high = 1.0 if rng.random() < 0.6 else rng.uniform(0.75, 1)
@@ -348,7 +348,7 @@ def draw_real(patient: Patient, rng: np.random.Generator) -> Sample:
         contrast=contrast,
         orientation=orientation,
         region="head",
-        pixel_mm=float(field * patient.pixel_mm / IN_PLANE),
+        pixel_mm=float(field * patient.pixel_mm / PROTOCOL_IN_PLANE),
         thickness_mm=patient.spacing_mm,
         real=True,
     )
@@ -391,8 +391,8 @@ def finish(sample: Sample, kernel: str, rng: np.random.Generator) -> NDArray[np.
         Acquisition(
             orientation=sample.orientation,
             kernel=kernel,
-            matrix=IN_PLANE,
-            field_mm=sample.pixel_mm * IN_PLANE,
+            matrix=PROTOCOL_IN_PLANE,
+            field_mm=sample.pixel_mm * PROTOCOL_IN_PLANE,
             thickness_mm=thickness,
             noise=float(level * (5 / thickness) ** rng.uniform(0.25, 0.5)),
             blur_mm=float(rng.uniform(0, 0.8)) if soft else 0.0,
@@ -406,7 +406,7 @@ def finish(sample: Sample, kernel: str, rng: np.random.Generator) -> NDArray[np.
     inside = image > -500
     image[inside] = image[inside] * rng.uniform(0.97, 1.03) + rng.normal(0, 2.5)
     if rng.random() < 0.25:  # outside the reconstruction circle
-        ramp = np.linspace(-1, 1, IN_PLANE, dtype=np.float32)
+        ramp = np.linspace(-1, 1, PROTOCOL_IN_PLANE, dtype=np.float32)
         image[:, ramp[:, None] ** 2 + ramp[None, :] ** 2 > 1] = AIR_HOUNSFIELD
     if rng.random() < 0.12:  # 8-bit exports and clipped archives
         image = np.clip(image, *((-20, 100), (-1000, 1000), (0, 3071), (-200, 2000), (-20, 100))[rng.integers(5)])
@@ -814,7 +814,7 @@ def calibrate(
 
 def _overview(chunk: NDArray[np.int16]) -> bytes:
     """The eight slices that the model saw at once, three in a row."""
-    tiles = np.full((9, IN_PLANE // 2, IN_PLANE // 2), AIR_HOUNSFIELD, np.int16)
+    tiles = np.full((9, PROTOCOL_IN_PLANE // 2, PROTOCOL_IN_PLANE // 2), AIR_HOUNSFIELD, np.int16)
     tiles[:PROTOCOL_SLICES] = chunk[:, ::2, ::2]
     return picture(np.block([list(row) for row in tiles.reshape(3, 3, *tiles.shape[1:])]), center=40, width=400)
 

@@ -17,10 +17,12 @@ def thin(count: int, spacing_mm: float) -> Volume:
     )
 
 
-def test_volume_is_counted_in_millilitres_of_the_original_geometry() -> None:
+@pytest.mark.parametrize("finer", [1, 2])
+def test_volume_is_counted_in_millilitres_of_the_original_geometry(finer: int) -> None:
     thick = slabs(thin(10, 5.0))
     mask = np.zeros((10, 256, 256, len(FINDINGS)), np.uint8)
     mask[4:6, 100:120, 100:120, 0] = 200
+    mask = mask.repeat(finer, axis=1).repeat(finer, axis=2)
     found = findings(
         thick, Placement(0, 0, 512, (512, 512)), mask, np.zeros((10, 5), np.float32), np.zeros(5, np.float32)
     )

@@ -83,6 +83,21 @@ def test_a_picture_keeps_the_shape_of_the_body_when_pixels_are_not_square(site):
     assert Image.open(io.BytesIO(render(stack, 0, "brain", mask=False))).size == (512, 256)
 
 
+def test_a_prediction_of_a_model_that_saw_more_pixels_lies_in_the_same_place(site):
+    event = site.add(1)
+    usual = Pictures(site.store).stack(event)
+    coarse = prediction("positive")
+    fine = {name: getattr(coarse, name).repeat(2, axis=1).repeat(2, axis=2) for name in ("hounsfield", "mask")}
+    site.store.write_prediction(event.study_instance_uid, event.series_instance_uid, 1, replace(coarse, **fine))
+    stack = Pictures(site.store).stack(event)
+    for axis in (0, 1):
+        assert stack.spacing_mm[axis] * 2 == usual.spacing_mm[axis]
+        edges = (stack.origin_mm[axis] - stack.spacing_mm[axis] / 2, usual.origin_mm[axis] - usual.spacing_mm[axis] / 2)
+        assert edges[0] == pytest.approx(edges[1])
+    seen = (HOTTEST, slice(None, None, 2), slice(None, None, 2))
+    assert (stack.mask[seen] == usual.mask[HOTTEST]).all()
+
+
 def write_series(site, event, count: int, *, pixel_data: bool = True, value: int = 1024 + 40) -> None:
     for number in range(1, count + 1):
         ds = Dataset()

@@ -83,13 +83,14 @@ def store_series(site, event, *, count: int = 2 * SLICES, shuffled: bool = True)
     return hounsfield
 
 
-def analysed(site, **changes):
-    """A positive series with its originals: two of them in each of the model's slices."""
+def analysed(site, finer=1, **changes):
+    """A positive series with its originals: two of them in each of the slices of a model that saw `finer` pixels."""
     event = site.add(1, **changes)
     hounsfield = store_series(site, event)
     middles = [f"{event.series_instance_uid}.{2 * k + 1}" for k in range(SLICES)]
     seen = replace(
         prediction(),
+        **{name: getattr(prediction(), name).repeat(finer, 1).repeat(finer, 2) for name in ("hounsfield", "mask")},
         placement=np.array([*PLACEMENT, *MATRIX]),
         pixel_spacing_mm=np.array(SPACING_MM),
         sop_instance_uids=np.array(middles),
@@ -297,8 +298,9 @@ def test_coronal_and_sagittal_cuts_are_seen_from_the_front_and_with_the_nose_on_
         assert row < picture.shape[0] / SLICES
 
 
-def test_the_mask_lies_over_the_original_where_it_lies_over_what_the_model_saw(site):
-    event, _ = analysed(site)
+@pytest.mark.parametrize("finer", [1, 2])
+def test_the_mask_lies_over_the_original_where_it_lies_over_what_the_model_saw(site, finer):
+    event, _ = analysed(site, finer)
     client = site.client("rita")
     seen = client.get(f"{base(event)}/slice/{HOTTEST + 1}.png?mask=1&opacity=0")
     original = client.get(f"{base(event)}/slice/{2 * HOTTEST + 1}.png?mask=1&opacity=0&original=1")

@@ -14,7 +14,6 @@ from pydicom.errors import InvalidDicomError
 from herald.errors import DicomError, VolumeError
 from herald.events import SeriesTriaged
 from herald.picture import MASK_OPACITY, as_png, draw_slice
-from herald.signatures import IN_PLANE
 from herald.store import INSTANCE_SUFFIX, Prediction, StudyStore
 from herald.volume import WINDOWS, Volume, Window, read_datasets, volume_from_datasets
 from webui.nifti import Triple
@@ -156,7 +155,7 @@ def _stack_of_prediction(prediction: Prediction, between_mm: float | None) -> St
     """What the model saw, placed in the original matrix; `between_mm` neighbouring slices, None if not known."""
     top, left, side, rows, columns = (int(number) for number in prediction.placement)
     row_mm, column_mm = (float(mm) for mm in prediction.pixel_spacing_mm)
-    scale = side / IN_PLANE
+    scale = side / prediction.mask.shape[1]
     per_slice, lowest = _slab_line(prediction)
     between = between_mm or USUAL_SPACING_MM
     return Stack(
@@ -260,20 +259,21 @@ def _with_mask(stack: Stack, prediction: Prediction) -> Stack:
             f"the series has {len(uids)} slices now, {len(slabs)} were analysed as this revision; open its newest one"
         )
     top, left, side, rows, columns = (int(number) for number in prediction.placement)
+    seen = prediction.mask.shape[1]
     return replace(
         stack,
         mask=np.ascontiguousarray(prediction.mask[..., 0]),
         slice_probability=prediction.slice_probability[slabs, 0],
         numbers=tuple(str(number) for number in range(1, len(slabs) + 1)),
         explanation="",
-        in_mask=(slabs, _in_square(rows, top, side), _in_square(columns, left, side)),
+        in_mask=(slabs, _in_square(rows, top, side, seen), _in_square(columns, left, side, seen)),
     )
 
 
-def _in_square(count: int, start: int, side: int) -> Index:
-    """The model's row of each original row, or column; -1 outside of what the model saw."""
-    index = np.floor((np.arange(count) + 0.5 - start) * IN_PLANE / side).astype(np.int64)
-    index[(index < 0) | (index >= IN_PLANE)] = -1
+def _in_square(count: int, start: int, side: int, seen: int) -> Index:
+    """The model's row, of `seen`, of each original row, or column; -1 outside of what the model saw."""
+    index = np.floor((np.arange(count) + 0.5 - start) * seen / side).astype(np.int64)
+    index[(index < 0) | (index >= seen)] = -1
     return index
 
 
