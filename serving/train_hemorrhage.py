@@ -295,8 +295,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _name(fold: int, folds: int) -> Path:
-    """Fold 0 of three keeps other patients aside than fold 0 of five: their weights must not be mixed up."""
-    return Path(f"of_{folds}_folds", f"fold{fold}.weights.h5")
+    """Fold 0 of three keeps other patients aside than fold 0 of five, and a size has weights of its own."""
+    return Path(f"of_{folds}_folds", str(DETECTION_IN_PLANE), f"fold{fold}.weights.h5")
 
 
 def _of_fold(work: Path, fold: int, folds: int) -> Path:

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from herald.discrimination import auc
 from herald.errors import ConfigError, SignatureMismatch
-from herald.signatures import FINDINGS
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.volume import Volume
 from serving import hemorrhage
 from serving.crops import (
@@ -423,7 +423,7 @@ def test_shares_that_cannot_be_read_are_named(shares, capsys):
 def test_a_fold_is_scored_with_weights_that_never_saw_its_patients_or_not_at_all(tmp_path, monkeypatch):
     asked = []
     work = tmp_path / "work"
-    ours, shipped = work / "of_3_folds", tmp_path / "weights" / "of_3_folds"
+    ours, shipped = (root / "of_3_folds" / str(DETECTION_IN_PLANE) for root in (work, tmp_path / "weights"))
     ours.mkdir(parents=True)
     shipped.mkdir(parents=True)
     monkeypatch.setattr("serving.train_hemorrhage.WEIGHTS", tmp_path / "weights" / "hemorrhage.weights.h5")
@@ -606,7 +606,7 @@ def test_sets_are_compared_with_weights_that_never_saw_who_is_kept_aside(tmp_pat
     monkeypatch.setattr("serving.train_hemorrhage.load", asked.append)
     monkeypatch.setattr("serving.train_hemorrhage.compare", lambda *_: {})
     main(["--sets", "ct-ich", "phe-sich", "--folds", "3", "--work", str(tmp_path)])
-    assert asked == [WEIGHTS.parent / "of_3_folds" / "fold0.weights.h5"]
+    assert asked == [WEIGHTS.parent / "of_3_folds" / str(DETECTION_IN_PLANE) / "fold0.weights.h5"]
 
 
 def test_scores_of_folds_dealt_out_differently_are_not_pooled(tmp_path):
