@@ -309,7 +309,7 @@ class Herald:
 
 def prediction() -> Prediction:
     """A head with a bleed, as large in the store as a real one, so that a picture takes its usual time."""
-    row, column = np.mgrid[:DETECTION_IN_PLANE, :DETECTION_IN_PLANE].astype(np.float32)
+    row, column = np.mgrid[:DETECTION_IN_PLANE, :DETECTION_IN_PLANE].astype(np.float32) * (256 / DETECTION_IN_PLANE)
     noise = np.random.default_rng(1)
     hounsfield = np.full((SLICES, DETECTION_IN_PLANE, DETECTION_IN_PLANE), -1000.0, dtype=np.float32)
     head = np.hypot((row - 128) / 115, (column - 128) / 92)

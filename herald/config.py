@@ -102,7 +102,10 @@ class BusConfig:
     retry_first_s: float = 0.5
     """First pause before a retry; it doubles each time up to 30 s."""
     most_attempts: int = 5
-    """How often an event is begun whose process ends in the midst of it, before it becomes a dead letter."""
+    """How often an event is begun whose process ends in the midst of it, before it becomes a dead letter.
+
+    On Kafka it may be once more, see `herald.bus.kafka`.
+    """
 
 
 @dataclass(frozen=True)

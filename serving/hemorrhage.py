@@ -180,10 +180,9 @@ def build(sizes: Sizes = SIZES, slices: int | None = None, classes: int = len(FI
     Returns a model with outputs `mask` (B, D, 256, 256, C) voxel logits, `slice` (B, D, C) logits of the slice head and
     `pooled` (B, D, C), the pooled voxel logits; all uncalibrated.
     """
-    volume = keras.Input(
-        (slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE), name="volume"
-    )  # int16 or float, (B, D + 4, H, W)
-    x = layers.Reshape((-1, DETECTION_IN_PLANE, DETECTION_IN_PLANE, 1), name="channel")(volume)
+    plane = (DETECTION_IN_PLANE, DETECTION_IN_PLANE)
+    volume = keras.Input((slices, *plane), name="volume")  # int16 or float, (B, D + 4, H, W)
+    x = layers.Reshape((-1, *plane, 1), name="channel")(volume)
     x = Windows(name="windows")(x)  # (B, D + 4, H, W, 3)
     levels = [x]  # nothing is learned at full size: there it would cost as much as at all other sizes together
     for level in range(1, CONTEXT_SLICES):

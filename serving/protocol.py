@@ -108,10 +108,9 @@ def build(heads: Heads | None = None, sizes: ProtocolSizes = SIZES) -> keras.Mod
     Without `heads`, those of serving/heads/default.toml.
     """
     heads = read_heads(DEFAULT_HEADS) if heads is None else heads
-    volume = keras.Input((PROTOCOL_SLICES, PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE), dtype="int16", name="volume")
-    x = layers.Reshape((PROTOCOL_SLICES, PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE, 1), name="channel")(
-        volume
-    )  # (B, 8, 256, 256, 1)
+    shape = (PROTOCOL_SLICES, PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE)
+    volume = keras.Input(shape, dtype="int16", name="volume")
+    x = layers.Reshape((*shape, 1), name="channel")(volume)  # (B, 8, 256, 256, 1)
     x = Windows(sizes.windows, dtype="float32", name="windows")(x)  # (B, 8, 256, 256, 3)
     means = []
     for stage, channels in enumerate(sizes.channels, start=1):

@@ -1064,6 +1064,20 @@ def test_kafka_that_was_never_there_is_named_at_the_first_use() -> None:
     bus.close()
 
 
+def moved_to(joining: Bus, holder: Bus, held: Delivery, count: int) -> list[Delivery]:
+    """The first `count` deliveries to a bus that joins the group while `holder` works on what it holds."""
+    moved: list[Delivery] = []
+
+    def has_its_share() -> bool:
+        holder.keep_alive(held)
+        delivery = joining.fetch("router", ("series",), timeout_s=0.2)
+        moved.extend([delivery] if delivery is not None else [])
+        return len(moved) == count
+
+    eventually(has_its_share)
+    return moved
+
+
 def test_kafka_counts_for_the_group_and_only_what_a_consumer_that_has_left_it_had_begun(
     kafka_servers: str, tmp_path: Path
 ) -> None:
@@ -1073,15 +1087,7 @@ def test_kafka_counts_for_the_group_and_only_what_a_consumer_that_has_left_it_ha
         first.publish(received(f"1.{index}"))
     out = [take(first) for _ in range(herald.bus.kafka.PARTITIONS)]  # one of each
     assert {delivery.attempt for delivery in out} == {1}
-    moved: list[Delivery] = []
-
-    def second_has_its_share() -> bool:
-        first.keep_alive(out[0])
-        delivery = second.fetch("router", ("series",), timeout_s=0.2)
-        moved.extend([delivery] if delivery is not None else [])
-        return len(moved) == herald.bus.kafka.PARTITIONS // 2
-
-    eventually(second_has_its_share)
+    moved = moved_to(second, first, out[0], herald.bus.kafka.PARTITIONS // 2)
     assert {delivery.attempt for delivery in moved} == {1}, "the first lives: its partitions moved, and it did not die"
     first.close()  # without giving back what it has begun, as when its process ends
     inherited = [take(second) for _ in range(herald.bus.kafka.PARTITIONS // 2)]
@@ -1098,18 +1104,11 @@ def test_kafka_counts_what_another_began_and_left_of_a_partition_that_has_been_h
         first.publish(received(f"1.{index}"))
     for delivery in [take(first) for _ in range(herald.bus.kafka.PARTITIONS)]:
         first.ack(delivery)
-    out, left = take(first), []
-
-    def second_has_one() -> bool:
-        first.keep_alive(out)
-        delivery = second.fetch("router", ("series",), timeout_s=0.2)
-        left.extend([delivery] if delivery is not None else [])
-        return bool(left)
-
-    eventually(second_has_one)
+    out = take(first)
+    (left,) = moved_to(second, first, out, 1)
     second.close()  # without giving back what it has begun
     first.ack(out)
-    while (delivery := take(first)).event != left[0].event:
+    while (delivery := take(first)).event != left.event:
         first.ack(delivery)
     assert delivery.attempt == 2
     first.close()

@@ -26,7 +26,7 @@ from herald.errors import BusError
 from herald.events import Event, Finding, Label, SeriesTriaged, utc_now
 from herald.ledger import Ledger, open_ledger, pages
 from herald.links import page_link
-from herald.signatures import DETECTION_IN_PLANE, FINDINGS
+from herald.signatures import FINDINGS
 from herald.store import Prediction, StudyStore
 from webui import record, users
 from webui.app import create_app
@@ -37,6 +37,7 @@ from webui.service import serve
 PASSWORD = "a password for tests"
 USERS = {"rita": "reader", "remi": "researcher", "ada": "admin"}
 SLICES = 12
+SEEN = 256  # rows and columns; stored predictions may be of any
 HOTTEST = 7  # 0-based
 ROOT = "1.2.826.0.1.3680043.8.498"
 
@@ -242,10 +243,10 @@ def triaged(number: int, disposition: str = "positive", **changes: Any) -> Serie
 @cache
 def prediction(disposition: str = "positive", number: int = 1) -> Prediction:
     """A head of twelve slices of two images each; a positive one bleeds around slice `HOTTEST`."""
-    row, column = np.mgrid[:DETECTION_IN_PLANE, :DETECTION_IN_PLANE].astype(np.float32)
+    row, column = np.mgrid[:SEEN, :SEEN].astype(np.float32)
     random = np.random.default_rng(3)
-    hounsfield = np.full((SLICES, DETECTION_IN_PLANE, DETECTION_IN_PLANE), -1000, dtype=np.float32)
-    mask = np.zeros((SLICES, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS)), dtype=np.uint8)
+    hounsfield = np.full((SLICES, SEEN, SEEN), -1000, dtype=np.float32)
+    mask = np.zeros((SLICES, SEEN, SEEN, len(FINDINGS)), dtype=np.uint8)
     slice_probability = np.full((SLICES, len(FINDINGS)), 0.03, dtype=np.float32)
     for i in range(SLICES):
         size = 1 - 0.45 * abs(i - SLICES / 2) / SLICES

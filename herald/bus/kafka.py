@@ -310,12 +310,7 @@ class KafkaBus:
         return Delivery(event, topic, group, attempt, record)
 
     def _begin(self, consumer: "_Consumer", record: _Record, group: str) -> int:
-        """Note that the record is begun; its attempt. One by a consumer that still lives did not end its process.
-
-        Only of the first record since the partition was assigned: where a consumer dies, that is where the next begins.
-        """
-        if consumer.follows(record):
-            return 1
+        """Note that the record is begun; its attempt. One by a consumer that still lives did not end its process."""
         begun, by = consumer.noted(record)
         attempt = max(begun, 1) if by and (by == self._name or self._lives(by, group)) else begun + 1
         consumer.note(record, attempt, self._name)
@@ -441,13 +436,16 @@ class KafkaBus:
                 producer.close(timeout=0)
 
 
-class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
-    """A group's membership: what is out, and where to go on."""
+class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types, and asks for its class
+    """A group's membership: what is out, and where to go on.
+
+    Attempts are noted of the first record after an assignment only: where one consumer dies, another begins.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
         self._out: set[TopicPartition] = set()
-        self._followed: set[TopicPartition] = set()  # held since a commit of ours
+        self._followed: set[TopicPartition] = set()  # held since a commit of ours: nobody else began what comes next
         self.heard_at = self._assigned_at = time.monotonic()
 
     def idle_s(self) -> float:
@@ -486,12 +484,10 @@ class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             )
         return None
 
-    def follows(self, record: _Record) -> bool:
-        """Whether it comes behind one that this consumer has finished: nobody else can have begun it."""
-        return record.partition in self._followed
-
     def noted(self, record: _Record) -> tuple[int, str]:
         """How often the record has been begun in the group, and by whom last."""
+        if record.partition in self._followed:
+            return 0, ""
         here = self._client.committed(record.partition, metadata=True, timeout_ms=1000 * ANSWER_S)
         if here is None or here.offset != record.offset:
             return 0, ""
@@ -500,7 +496,7 @@ class _Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def note(self, record: _Record, begun: int, by: str) -> None:
         """Write so, unless nothing is noted of such a record; the group still stands before it."""
-        if not self.follows(record):
+        if record.partition not in self._followed:
             self._commit(record.partition, record.offset, f"{begun} {by}")
 
     def commit(self, record: _Record) -> None:

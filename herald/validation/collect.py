@@ -153,7 +153,7 @@ class _Collected:
                 received is None or received["closed_at"] is None or received["closed_at"] > unfinished_before
             ):
                 continue
-            # what was searched is replaced only by what was searched as well, or a failure would take a page out of it
+            # only a search replaces a search, or a failed revision would take a paged positive out of the accuracy
             over = searched if revision <= searched.get(uid, 0) else newest
             yield self._row(received, decided, over.get(uid, 0) > revision, config)
 
