@@ -61,9 +61,9 @@ class StoredInstance:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the haemorrhage model saw and said of one series revision.
+    """What the haemorrhage model saw and said of one series revision, of N rows and columns.
 
-    `hounsfield` (D, 256, 256) int16; `mask` (D, 256, 256, C) uint8, probability x 255; `slice_probability` (D, C);
+    `hounsfield` (D, N, N) int16; `mask` (D, N, N, C) uint8, probability x 255; `slice_probability` (D, C);
     `probability` (C,); `placement` (5,) top, left, side, rows, columns of `herald.volume.Placement`; `first_source` and
     `last_source` (D,) 0-based original slices that each model slice averages; `sop_instance_uids` (D,);
     `pixel_spacing_mm` (2,) of the original matrix.

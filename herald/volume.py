@@ -450,7 +450,7 @@ class Placement:
 
 
 def detection_input(volume: Volume) -> tuple[Hounsfield, Placement]:
-    """What the haemorrhage model sees: (D, 256, 256) int16, a square around the head at one common head size.
+    """What the haemorrhage model sees: (D, N, N) int16 for N of DETECTION_IN_PLANE, a square around a head of one size.
 
     Cutting by the head rather than by millimetres makes the input independent of the field of view and of whether
     PixelSpacing is known; `Placement` leads back.

@@ -21,7 +21,7 @@ def findings(
 ) -> tuple[Finding, ...]:
     """One finding for each kind in `herald.signatures.FINDINGS`, whatever its probability.
 
-    `mask` (D, 256, 256, C), `slice_probability` (D, C), `probability` (C,) over the slabs.
+    `mask` (D, N, N, C), `slice_probability` (D, C), `probability` (C,) over the slabs; N rows and columns were seen.
     """
     row_mm, column_mm = (spacing * placement.side / mask.shape[1] for spacing in slabs.volume.pixel_spacing_mm)
     voxel_ml = row_mm * column_mm * slabs.volume.slice_extents_mm / 1000  # (D,)

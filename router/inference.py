@@ -139,7 +139,7 @@ class InferenceClient:
         return ProtocolProbabilities(answers(outputs, heads), version)
 
     def detect_hemorrhage(self, volume: NDArray[np.int16]) -> HemorrhagePrediction:
-        """Haemorrhage in `volume` (D, 256, 256) int16 Hounsfield units.
+        """Haemorrhage in `volume` (D, N, N) int16 Hounsfield units, N of DETECTION_IN_PLANE.
 
         A study of more than `max_slices` goes out in overlapping runs that are stitched together; its probability is
         the highest of its slices. Raises ServingUnavailable (retriable) or ServingError.

@@ -64,7 +64,7 @@ JPEG_SHARE = 0.5  # of crops of the sets that are not JPEG already, as CT-ICH is
 class Pixels:
     """One patient as the model sees it; bit c of `positive` and `unknown` is finding c.
 
-    `volume` (D, 256, 256) int16, `positive` and `unknown` (D, 256, 256) uint8, `depth` (D, 256, 256) uint8 as
+    `volume` (D, N, N) int16, `positive` and `unknown` (D, N, N) uint8, `depth` (D, N, N) uint8 as
     `serving.drawn.cavity` finds it.
     """
 

@@ -104,7 +104,7 @@ def _tempered(softmax: tf.Tensor, temperature: float) -> tf.Tensor:
 
 
 def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[float]]) -> Function:
-    """`volume` int16 (D, 256, 256), a whole study -> `mask` uint8, `slice_probability` and `probability`.
+    """`volume` int16 (D, N, N), a whole study -> `mask` uint8, `slice_probability` and `probability`.
 
     `calibration` holds `scale` and `threshold` for each finding, the `pooled_share` of voxels in a slice's logit,
     `smoothing` of the slices, and the `mask_offset` at which voxel logits outline best. The outermost slices are
@@ -119,7 +119,7 @@ def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[f
         x = tf.cast(volume, tf.float32)
         raw = forward(tf.concat([x[:1], x[:1], x, x[-1:], x[-1:]], axis=0))
         mask = tf.cast(tf.round(tf.sigmoid(raw["mask"] - mask_offset) * 255.0), tf.uint8)  # (D, 128, 128, 4 * C)
-        mask = tf.nn.depth_to_space(mask, 2)  # (D, 256, 256, C)
+        mask = tf.nn.depth_to_space(mask, 2)  # (D, N, N, C)
         logits = (1 - pooled_share) * raw["slice"] + pooled_share * raw["pooled"]  # (D, C)
         padded = tf.concat([logits[:1], logits, logits[-1:]], axis=0)
         logits = before * padded[:-2] + here * padded[1:-1] + after * padded[2:]

@@ -175,9 +175,9 @@ class BatchNormalization(layers.BatchNormalization):  # type: ignore[misc]
 
 
 def build(sizes: Sizes = SIZES, slices: int | None = None, classes: int = len(FINDINGS)) -> keras.Model:
-    """The detector on (B, D + 4, 256, 256) Hounsfield units, the four being the neighbours of the outermost slices.
+    """The detector on (B, D + 4, N, N) Hounsfield units, N of DETECTION_IN_PLANE; four slices only are neighbours.
 
-    Returns a model with outputs `mask` (B, D, 256, 256, C) voxel logits, `slice` (B, D, C) logits of the slice head and
+    Returns a model with outputs `mask` (B, D, N, N, C) voxel logits, `slice` (B, D, C) logits of the slice head and
     `pooled` (B, D, C), the pooled voxel logits; all uncalibrated.
     """
     plane = (DETECTION_IN_PLANE, DETECTION_IN_PLANE)

@@ -30,7 +30,7 @@ MASK_OFFSETS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 def raw_scores(model: keras.Model, volume: NDArray[np.int16]) -> dict[str, NDArray[np.float32]]:
-    """Logits of a whole study (D, 256, 256): `slice` and `pooled` (D, C), `mask` (D, 256, 256, C)."""
+    """Logits of a whole study (D, N, N): `slice` and `pooled` (D, C), `mask` (D, N, N, C)."""
     padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)), mode="edge")[None].astype(np.float32)
     return {name: np.asarray(value)[0] for name, value in model(padded, training=False).items()}
 

@@ -35,7 +35,7 @@ def clean_slices(patient: Prepared) -> NDArray[np.intp]:
 
 
 def windows(patient: Prepared, seed: int | None) -> NDArray[np.float32]:
-    """Five slices around each of `clean_slices`: (N, 5, 256, 256); changed as in training where a seed is given."""
+    """Five slices around each of `clean_slices`: (slices, 5, N, N); changed as in training where a seed is given."""
     around = clean_slices(patient)[:, None] + np.arange(-CONTEXT, CONTEXT + 1)
     volume = patient.pixels.volume[around].astype(np.float32)
     if seed is not None and len(volume):

@@ -1,6 +1,6 @@
 """Train the haemorrhage model: `python -m serving.train hemorrhage`.
 
-    --prepare     read and cut every series once                          (.work/hemorrhage/prepared-256)
+    --prepare     read and cut every series once                          (.work/hemorrhage/prepared-*)
     --pretrain    learn from every set but CT-ICH                         (.work/hemorrhage/pretrained.weights.h5)
     --fold K ...  go on with CT-ICH without the patients of these folds, one model each, and score them
     --all         go on with every patient of CT-ICH, and score these     (serving/weights/hemorrhage.weights.h5)

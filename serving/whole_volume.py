@@ -24,7 +24,7 @@ TOP = 6.0
 
 
 def forward(model: keras.Model) -> Forward:
-    """The model of `serving.hemorrhage.build` as a function of (D + 4, 256, 256) Hounsfield units, float32.
+    """The model of `serving.hemorrhage.build` as a function of (D + 4, N, N) Hounsfield units, float32.
 
     It returns logits: `mask` (D, 128, 128, 4 * C), as `tf.nn.depth_to_space` takes them; `slice` and `pooled` (D, C).
     """

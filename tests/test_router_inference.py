@@ -16,7 +16,7 @@ from served_models import build, eventually
 from herald import signatures
 from herald.config import ServingConfig
 from herald.errors import ServingError, ServingUnavailable, SignatureMismatch
-from herald.signatures import FINDINGS, HEADS, HEMORRHAGE, PROTOCOL, TensorSpec
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS, HEADS, HEMORRHAGE, PROTOCOL, TensorSpec
 from herald.tensors import read_tensor, write_tensor
 from router import inference
 from router.inference import InferenceClient, ServedModel, runs
@@ -77,7 +77,7 @@ def refusing() -> Iterator[Refusing]:
 
 
 VOLUMES = np.zeros((2, 8, 256, 256), np.int16)
-STUDY = np.zeros((4, 256, 256), np.int16)
+STUDY = np.zeros((4, DETECTION_IN_PLANE, DETECTION_IN_PLANE), np.int16)
 
 
 def test_protocol_probabilities_are_the_mean_over_the_batch_by_label(client):
@@ -92,15 +92,20 @@ def test_protocol_probabilities_are_the_mean_over_the_batch_by_label(client):
 
 
 def _study(depth: int) -> np.ndarray:
-    return np.random.default_rng(depth).integers(0, 255, (depth, 256, 256)).astype(np.int16)
+    return (
+        np.random.default_rng(depth).integers(0, 255, (depth, DETECTION_IN_PLANE, DETECTION_IN_PLANE)).astype(np.int16)
+    )
 
 
 def test_hemorrhage_prediction_has_mask_slices_and_study(client):
-    volume = np.zeros((6, 256, 256), np.int16)
+    volume = np.zeros((6, DETECTION_IN_PLANE, DETECTION_IN_PLANE), np.int16)
     volume[1] = 255
     answer = client.detect_hemorrhage(volume)
     assert answer.version == "1"
-    assert (answer.mask.shape, answer.mask.dtype) == ((6, 256, 256, len(FINDINGS)), np.uint8)
+    assert (answer.mask.shape, answer.mask.dtype) == (
+        (6, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS)),
+        np.uint8,
+    )
     assert answer.slice_probability[:, 0].tolist() == [1, 1, 1, 0.75, 0.25, 0]
     assert answer.probability == pytest.approx([1 / (1 + c) for c in range(len(FINDINGS))], abs=1e-3)
     assert answer.mask[0, 0, 0, 1] == 128

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from herald.signatures import FINDINGS
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from serving.crops import truth_of
 from serving.drawn import (
     FINDING,
     KINDS,
     LEAST_PX,
+    PX,
     Cavity,
     brighten_rim,
     cavity,
@@ -22,9 +23,9 @@ from serving.readers import UNKNOWN
 
 def head(slices: int = 12, noise: float = 3.0) -> np.ndarray:
     """A round skull with brain, a fluid-filled middle and a dark furrow near the bone; air outside."""
-    y, x = np.mgrid[:256, :256] - 127.5
-    radius = np.hypot(x, y)
-    plane = np.full((256, 256), -1000.0)
+    y, x = np.mgrid[:DETECTION_IN_PLANE, :DETECTION_IN_PLANE] - (DETECTION_IN_PLANE - 1) / 2
+    radius = np.hypot(x, y) / PX
+    plane = np.full(radius.shape, -1000.0)
     plane[radius < 108] = 30  # scalp
     plane[radius < 100] = 900
     plane[radius < 92] = 33
@@ -32,6 +33,15 @@ def head(slices: int = 12, noise: float = 3.0) -> np.ndarray:
     plane[radius < 25] = 5
     volume = np.repeat(plane[None], slices, axis=0)
     return (volume + np.random.default_rng(0).normal(0, noise, volume.shape)).astype(np.int16)
+
+
+def px(low: float, high: float) -> slice:
+    """From `low` to `high` in a head of 256 pixels."""
+    return slice(round(low * PX), round(high * PX))
+
+
+BLOOD = (slice(4, 7), px(100, 120), px(60, 80))
+IN_BLOOD = (5, round(110 * PX), round(70 * PX))
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +52,17 @@ def scan() -> tuple[np.ndarray, Cavity]:
 
 def test_the_cavity_is_what_bone_encloses_and_its_depth_grows_from_the_inner_table(scan: tuple) -> None:
     _, inside = scan
-    assert inside.depth[5, 127, 127] > 80
-    assert 0 < inside.depth[5, 127, 127 - 90] < 5
-    assert not inside.depth[5, 127, 127 - 104]  # scalp
+    middle = round(127 * PX)
+    assert inside.depth[5, middle, middle] > 80 * PX
+    assert 0 < inside.depth[5, middle, middle - round(90 * PX)] < 5 * PX
+    assert not inside.depth[5, middle, middle - round(104 * PX)]  # scalp
     assert not inside.depth[5, 5, 5]
 
 
 def test_a_head_whose_bone_does_not_close_has_no_cavity() -> None:
     volume = head(slices=1)
-    volume[:, 128:] = np.where(volume[:, 128:] > 400, 30, volume[:, 128:])
+    lower = volume[:, DETECTION_IN_PLANE // 2 :]
+    lower[lower > 400] = 30
     assert not cavity(volume).depth.any()
 
 
@@ -82,7 +94,7 @@ def test_blood_outside_the_brain_lies_on_the_inner_table_and_blood_in_furrows_wh
         bleed = next(b for seed in range(20) if (b := draw_bleed(np.random.default_rng(seed), volume, inside)))
         blood = bleed[1] > 0
         if kind in ("edh", "sdh"):
-            assert (inside.depth[blood] < 4).any()
+            assert (inside.depth[blood] < 4 * PX).any()
         else:
             assert np.median(volume[blood]) < 18
 
@@ -98,33 +110,32 @@ def test_calcifications_are_brighter_than_blood_and_small(scan: tuple) -> None:
     volume, inside = scan
     out = draw_calcification(np.random.default_rng(2), volume, inside)
     bright = (out > 100) & (inside.depth > 0) & (volume < 100)
-    assert 0 < bright.sum() < 2000
+    assert 0 < bright.sum() < 2000 * PX**2
 
 
 def test_blood_moved_from_another_head_keeps_its_kind_and_stays_inside(scan: tuple) -> None:
     volume, inside = scan
     donor, positive = volume.copy(), np.zeros(volume.shape, dtype=np.uint8)
-    donor[4:7, 100:120, 60:80] = 70
-    positive[4:7, 100:120, 60:80] = 0b10001
+    donor[BLOOD], positive[BLOOD] = 70, 0b10001
     unknown = np.zeros_like(positive)
     out, bits, doubtful = move_bleed(np.random.default_rng(3), volume, inside, donor, positive, unknown)
-    assert out[5, 110, 70] == pytest.approx(70, abs=2)
-    assert bits[5, 110, 70] == 0b10001
+    assert out[IN_BLOOD] == pytest.approx(70, abs=2)
+    assert bits[IN_BLOOD] == 0b10001
     assert not doubtful[5]
     outside = np.zeros_like(positive)
-    outside[5, 2:20, 2:20] = 1
+    outside[5, px(2, 20), px(2, 20)] = 1
     assert move_bleed(np.random.default_rng(3), volume, inside, donor, outside, unknown) is None
 
 
 def test_blood_moved_from_a_slice_with_two_kinds_is_not_taught_to_be_of_neither(scan: tuple) -> None:
     volume, inside = scan
     donor, positive, unknown = volume.copy(), np.zeros(volume.shape, np.uint8), np.zeros(volume.shape, np.uint8)
-    donor[4:7, 100:120, 60:80], positive[4:7, 100:120, 60:80] = 70, 1
-    unknown[5, 100:120, 60:80] = 0b10010
+    donor[BLOOD], positive[BLOOD] = 70, 1
+    unknown[5, *BLOOD[1:]] = 0b10010
     _, bits, doubtful = move_bleed(np.random.default_rng(3), volume, inside, donor, positive, unknown)
     truth, of_voxels = truth_of(bits, doubtful)
     assert truth[5].tolist() == [1, UNKNOWN, 0, 0, UNKNOWN]
-    assert of_voxels[5, 110, 70] == 0b10010
+    assert of_voxels[IN_BLOOD] == 0b10010
 
 
 def test_a_rim_is_brightest_at_the_bone_on_one_side_and_leaves_the_middle_and_what_is_outside(scan: tuple) -> None:
@@ -132,7 +143,7 @@ def test_a_rim_is_brightest_at_the_bone_on_one_side_and_leaves_the_middle_and_wh
     for seed in range(12):
         rise = brighten_rim(np.random.default_rng(seed), volume, inside) - volume
         assert not rise[inside.depth == 0].any()
-        at_bone, deep = rise[(inside.depth > 0) & (inside.depth < 3)], rise[inside.depth > 60]
+        at_bone, deep = rise[(inside.depth > 0) & (inside.depth < 3 * PX)], rise[inside.depth > 60 * PX]
         assert 1 < at_bone.max() <= 24
         assert at_bone.min() < 0.8 * at_bone.max()
         assert np.abs(deep).max() < 0.3
@@ -141,14 +152,14 @@ def test_a_rim_is_brightest_at_the_bone_on_one_side_and_leaves_the_middle_and_wh
 def test_age_widens_furrows_near_the_skull_and_leaves_bone_depth_and_blood_alone(scan: tuple) -> None:
     volume, inside = scan
     blood = np.zeros(volume.shape, bool)
-    blood[:, 100:110, 40:50] = True
+    blood[:, px(100, 110), px(40, 50)] = True
     for seed in range(8):
         aged = widen_furrows(np.random.default_rng(seed), volume, inside, blood)
         changed = np.abs(aged - volume) > 8
         assert not changed[inside.depth == 0].any()
         assert not changed[blood].any()
-        assert not changed[inside.depth > 60].any()
+        assert not changed[inside.depth > 60 * PX].any()
         assert not changed[volume >= 250].any()
-        near = (inside.depth > 0) & (inside.depth < 6) & (volume > 20) & (volume < 46)
+        near = (inside.depth > 0) & (inside.depth < 6 * PX) & (volume > 20) & (volume < 46)
         assert 0.02 < changed[near].mean() < 0.9, "some gyri reach the skull, some furrows are wide"
         assert np.median(aged[changed & near]) < 20  # fluid, not blood

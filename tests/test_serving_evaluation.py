@@ -535,6 +535,7 @@ def test_the_page_fits_a_telephone_and_a_desk(made, tmp_path, width, chromium):
 
 
 def test_scores_of_the_detector_become_cases_with_volumes_and_pictures_where_the_data_are_there(tmp_path, monkeypatch):
+    from herald.signatures import DETECTION_IN_PLANE
     from herald.volume import Volume
     from serving import crops, score_hemorrhage
     from serving.readers import UNKNOWN, LabelledVolume
@@ -550,9 +551,10 @@ def test_scores_of_the_detector_become_cases_with_volumes_and_pictures_where_the
     monkeypatch.setitem(crops.ALL_SETS, "ct-ich", ("here", lambda folder: ["049"], lambda folder, name: labelled))
     logits = np.where(slice_truth == 1, 3.0, -3.0)
     (tmp_path / "scores" / "fold0").mkdir(parents=True)
+    found = np.packbits(np.zeros((7, 6, DETECTION_IN_PLANE, DETECTION_IN_PLANE), bool), axis=-1)
     np.savez(tmp_path / "scores" / "fold0" / "ct-ich_049.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
              study_truth=truth.max(axis=(0, 1, 2)), child=True, dice=np.full((7, 6), 0.5),
-             outlined=slice_truth[:, 0] == 1, found=np.packbits(np.zeros((7, 6, 256, 256), bool), axis=-1))  # fmt: skip
+             outlined=slice_truth[:, 0] == 1, found=found)  # fmt: skip
     calibration = {"scale": [1.0] * 5, "threshold_of_folds": [0.5] * 5, "mask_offset": [0.0]}
 
     without = score_hemorrhage.cases(tmp_path / "scores", calibration, tmp_path)

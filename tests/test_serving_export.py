@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from herald.errors import ConfigError, SignatureMismatch
-from herald.signatures import FINDINGS, HEMORRHAGE, PROTOCOL
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS, HEMORRHAGE, PROTOCOL
 from serving import export as exporting
 from serving.export import export, hemorrhage_function, main, protocol_function, read_calibration, write_saved_model
 from serving.hemorrhage import Sizes, build
@@ -62,7 +62,9 @@ def by_openvino(saved: Path):
 
 
 def head(slices: int) -> np.ndarray:
-    return np.random.default_rng(slices).normal(40, 40, (slices, 256, 256)).astype(np.int16)
+    return (
+        np.random.default_rng(slices).normal(40, 40, (slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE)).astype(np.int16)
+    )
 
 
 @pytest.mark.parametrize("slices", [3, 1, 60, 2, 30])
@@ -70,7 +72,7 @@ def test_tensorflow_and_openvino_give_the_same_for_any_number_of_slices(by_tenso
     volume = head(slices)
     one, other = by_tensorflow(volume), by_openvino(volume)
     assert set(one) == set(HEMORRHAGE.outputs)
-    assert one["mask"].shape == (slices, 256, 256, len(FINDINGS))
+    assert one["mask"].shape == (slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS))
     assert one["mask"].dtype == np.uint8
     assert one["slice_probability"].shape == (slices, len(FINDINGS))
     for name in ("slice_probability", "probability"):

@@ -59,7 +59,7 @@ def small() -> keras.Model:
 @pytest.fixture(scope="module")
 def volume() -> np.ndarray:
     rng = np.random.default_rng(4)
-    return rng.normal(40, 30, (1, 10, 256, 256)).astype(np.float32)
+    return rng.normal(40, 30, (1, 10, DETECTION_IN_PLANE, DETECTION_IN_PLANE)).astype(np.float32)
 
 
 def run(model: keras.Model, volume: np.ndarray) -> dict[str, np.ndarray]:
@@ -68,7 +68,7 @@ def run(model: keras.Model, volume: np.ndarray) -> dict[str, np.ndarray]:
 
 def test_one_pass_over_a_volume_gives_per_slice_exactly_what_a_window_of_five_slices_gives(small, volume):
     whole = run(small, volume)
-    assert whole["mask"].shape == (1, 6, 256, 256, len(FINDINGS))
+    assert whole["mask"].shape == (1, 6, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS))
     for i in range(6):
         window = run(small, volume[:, i : i + 5])
         for name in ("mask", "slice", "pooled"):
@@ -140,7 +140,7 @@ def test_missing_weights_say_how_to_train_them(tmp_path):
 def patient(name: str, kind: int | None, source: str = "ct-ich", slices: int = 12) -> Prepared:
     """A bright square in slices 4 to 7 of a grey head; kind None bleeds nowhere."""
     rng = np.random.default_rng(sum(map(ord, name)))
-    volume = rng.normal(30, 3, (slices, 256, 256)).astype(np.int16)
+    volume = rng.normal(30, 3, (slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE)).astype(np.int16)
     positive = np.zeros(volume.shape, dtype=np.uint8)
     slice_truth = np.zeros((slices, len(FINDINGS)), dtype=np.uint8)
     if kind is not None:
@@ -160,8 +160,8 @@ def test_crops_come_from_every_kind_and_from_patients_without_blood():
     seen = {tuple(np.flatnonzero((truth == 1).any(axis=0))) for *_, truth in crops}
     assert seen >= {(), (0, 1), (0, 3)}
     volume, positive, unknown, truth = crops[0]
-    assert volume.shape == (OUTPUT_SLICES + 4, 256, 256)
-    assert positive.shape == unknown.shape == (OUTPUT_SLICES, 256, 256)
+    assert volume.shape == (OUTPUT_SLICES + 4, DETECTION_IN_PLANE, DETECTION_IN_PLANE)
+    assert positive.shape == unknown.shape == (OUTPUT_SLICES, DETECTION_IN_PLANE, DETECTION_IN_PLANE)
     assert truth.shape == (OUTPUT_SLICES, len(FINDINGS))
 
 
@@ -207,7 +207,7 @@ def test_thin_slices_are_averaged_with_their_truth_as_the_node_does():
     slice_truth[8:12, 0], slice_truth[12:, 0] = 1, UNKNOWN
     volume = Volume(hounsfield, np.arange(20) * 1.25, (0.9, 0.9))
     prepared = prepare(LabelledVolume("site", "x", volume, truth, slice_truth))
-    assert prepared.pixels.volume.shape == (5, 256, 256)
+    assert prepared.pixels.volume.shape == (5, DETECTION_IN_PLANE, DETECTION_IN_PLANE)
     assert prepared.slice_truth[:, 0].tolist() == [0, 0, 1, UNKNOWN, UNKNOWN]
     assert [bool(plane.any()) for plane in prepared.pixels.positive] == [False, False, True, False, False]
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from herald.signatures import FINDINGS
+from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from serving.crops import Pixels, Prepared
 from serving.hemorrhage import Sizes, build
 from serving.set_identity import clean_slices, compare, statistics, told_apart
@@ -16,7 +16,7 @@ SMALL = Sizes(widths=(3, 4, 6, 6, 8), blocks=(0, 1, 0, 0, 1))
 
 def patient(source: str, number: int, noise: float) -> Prepared:
     rng = np.random.default_rng(number)
-    volume = rng.normal(35, noise, (12, 256, 256)).astype(np.int16)
+    volume = rng.normal(35, noise, (12, DETECTION_IN_PLANE, DETECTION_IN_PLANE)).astype(np.int16)
     nothing = np.zeros(volume.shape, dtype=np.uint8)
     truth = np.zeros((12, len(FINDINGS)), dtype=np.uint8)
     truth[5, 0] = 1
