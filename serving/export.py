@@ -65,11 +65,12 @@ with _quiet():
 
 HERE = Path(__file__).parent
 MODEL_JSON = "assets.extra/model.json"
+CONTRACT = HERE.parent / "herald" / "signatures.py"
 CODE = {
     PROTOCOL.model: [HERE / "protocol.py"],
     HEMORRHAGE.model: [HERE / "hemorrhage.py", HERE / "whole_volume.py"],
 }
-"""What each exported model is made from, besides this file, its weights and what lies beside them."""
+"""What each exported model is made from, besides this file, the contract, its weights and what lies beside them."""
 
 WEIGHTS = {PROTOCOL.model: protocol.WEIGHTS, HEMORRHAGE.model: hemorrhage.WEIGHTS}
 """The shipped weights of each model."""
@@ -277,7 +278,7 @@ def export(
     """
     weights = weights or WEIGHTS[name]
     beside = protocol.description_path(weights)
-    made_from = digest([Path(__file__), *CODE[name], weights, *([beside] if beside.exists() else [])])
+    made_from = digest([Path(__file__), CONTRACT, *CODE[name], weights, *([beside] if beside.exists() else [])])
     base = models / name
     versions = sorted(int(p.name) for p in base.glob("*") if p.name.isdigit())
     latest = versions[-1] if versions else 0

@@ -156,6 +156,14 @@ def test_what_is_exported_already_is_left_alone_and_a_change_gets_the_next_numbe
     assert card["weights_sha256"] == hashlib.sha256((project / "hemorrhage.weights.h5").read_bytes()).hexdigest()
 
 
+def test_a_model_of_a_former_contract_is_exported_again(project, monkeypatch):
+    models, contract = project / "models", project / "signatures.py"
+    assert export("hemorrhage", models)[0].name == "1"
+    contract.write_text(exporting.CONTRACT.read_text() + "DETECTION_IN_PLANE = 64\n")
+    monkeypatch.setattr(exporting, "CONTRACT", contract)
+    assert export("hemorrhage", models) == (models / "hemorrhage" / "2", True)
+
+
 def test_the_card_is_an_output_of_the_model_and_leaves_the_bulk_of_the_calibration_out(project):
     told = {"sensitivity": [0.95, 0.9, 1.0], "patient_auc": [0.9, 0.8, 1.0]}
     calibration = {"findings": list(FINDINGS), **CALIBRATION, "obtained": "5 of 5 folds", "target_sensitivity": 0.95,
