@@ -14,7 +14,7 @@ SIGNATURE_NAME = "serving_default"
 PROTOCOL_IN_PLANE = 256
 """Rows and columns that the protocol model sees."""
 
-DETECTION_IN_PLANE = 256
+DETECTION_IN_PLANE = 384
 """Rows and columns that the haemorrhage model sees; a stored prediction keeps those of its own day."""
 
 PROTOCOL_SLICES = 8
