@@ -28,7 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from benchmarks.executor import head  # noqa: E402
 from herald.config import load_config  # noqa: E402
 from herald.errors import ServingError  # noqa: E402
-from herald.signatures import CONTEXT_SLICES, PROTOCOL_SLICES  # noqa: E402
+from herald.signatures import CONTEXT_SLICES, DETECTION_IN_PLANE, PROTOCOL_IN_PLANE, PROTOCOL_SLICES  # noqa: E402
 from router.inference import InferenceClient  # noqa: E402
 
 WINDOWS_AT_ONCE = 8
@@ -56,7 +56,7 @@ def peak_memory_mb(process: subprocess.Popen[bytes]) -> int:
 
 def windows_by_tensorflow(threads: int) -> Callable[[np.ndarray], None]:
     """The trained network on one window of five slices for each slice."""
-    import tensorflow as tf
+    import tensorflow as tf  # type: ignore[import-untyped]
 
     from serving import hemorrhage
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--slices", type=int, default=32)
     options = parser.parse_args()
-    study, sample = head(options.slices), head(PROTOCOL_SLICES)
+    study, sample = head(options.slices, DETECTION_IN_PLANE), head(PROTOCOL_SLICES, PROTOCOL_IN_PLANE)
     process, address = start_server(options.models.absolute(), options.threads, options.precision)
     try:
         client = InferenceClient(address)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "TCP_NODELAY": "1"}
@@ -118,7 +118,7 @@ def template() -> bytes:
     ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = CTImageStorage
     ds.StudyInstanceUID = f"1.2.826.0.1.3680043.8.498.{ROUND_MARK.decode()}.{ASSOCIATION_MARK.decode()}"
     ds.SeriesInstanceUID = f"{ds.StudyInstanceUID}.1"
-    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{ds.SeriesInstanceUID}.{SLICE_MARK.decode()}"
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(f"{ds.SeriesInstanceUID}.{SLICE_MARK.decode()}")
     ds.PatientName, ds.PatientID, ds.Modality = "Benchmark", "B", "CT"
     ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     ds.ImagePositionPatient = ["-100", "-100", SLICE_MARK.decode()]

@@ -177,7 +177,12 @@ def running(folder: Path, config: Config) -> Iterator[None]:
 
 def serve_until_input_ends(config: Config) -> None:
     stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+
+    def wait() -> None:
+        sys.stdin.read()
+        stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     serve(config, stop)
 
 

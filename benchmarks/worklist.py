@@ -44,6 +44,7 @@ from herald.events import Disposition, Finding, Label, SeriesTriaged, utc_now
 from herald.ledger import Ledger, open_ledger, results, reviews, series
 from herald.signatures import FINDINGS
 from herald.store import StudyStore
+from herald.superseded import ANALYSED
 from webui import operations, record
 from webui.app import create_app
 from webui.service import serve
@@ -79,7 +80,7 @@ ADDRESSES = {
 def triaged(number: int, chance: random.Random) -> SeriesTriaged:
     """A result with as much in it as the router writes; the larger its number, the older."""
     disposition: Disposition = chance.choices(("positive", "negative", "not_eligible", "failed"), (9, 55, 33, 2))[0]
-    analysed = disposition in record.ANALYSED
+    analysed = disposition in ANALYSED
     last_image = utc_now() - number * EVERY
     uid = f"{ROOT_UID}.{number}"
     floor = 0.5 if disposition == "positive" else 0.0
@@ -158,7 +159,7 @@ def fill(ledger: Ledger, count: int, blind: record.Blind, seed: int = 1) -> None
                 "superseded": False,
                 "leading_finding": record.leading_finding(event),
                 "disagreement": bool(event.disagreements),
-                "blind": blind if event.disposition in record.ANALYSED else record.OPEN,
+                "blind": blind if event.disposition in ANALYSED else record.OPEN,
             }
         )
         of_series.append(
@@ -176,7 +177,7 @@ def fill(ledger: Ledger, count: int, blind: record.Blind, seed: int = 1) -> None
                 "published_at": event.received_at,
             }
         )
-        if seen_at and event.disposition in record.ANALYSED:
+        if seen_at and event.disposition in ANALYSED:
             of_reviews.append(
                 {
                     **keys,
@@ -334,7 +335,7 @@ def measure_parts(config: Config, ledger: Ledger, bus: Bus, count: int) -> dict[
             "find_worklist": timed(count, lambda: record.find_worklist(ledger, query)),
             "find_in_flight": timed(count, lambda: record.find_in_flight(ledger)),
             "find_scanners": timed(count, lambda: record.find_scanners(ledger)),
-            "next_unread": timed(count, lambda: record.next_unread(ledger, "", "rita")),
+            "next_unread": timed(count, lambda: record.next_unread(ledger, ("", None), "rita")),
             "worklist_version, every 0.5 s": timed(count, lambda: record.worklist_version(ledger)),
             "find_banner, on every page": timed(count, operations.find_banner),
         }
