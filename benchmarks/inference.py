@@ -20,17 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from executor import head
+
+from herald.config import load_config
+from herald.errors import ServingError
+from herald.signatures import CONTEXT_SLICES, DETECTION_IN_PLANE, PROTOCOL_IN_PLANE, PROTOCOL_SLICES
+from router.inference import InferenceClient
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-from benchmarks.executor import head  # noqa: E402
-from herald.config import load_config  # noqa: E402
-from herald.errors import ServingError  # noqa: E402
-from herald.signatures import CONTEXT_SLICES, DETECTION_IN_PLANE, PROTOCOL_IN_PLANE, PROTOCOL_SLICES  # noqa: E402
-from router.inference import InferenceClient  # noqa: E402
-
 WINDOWS_AT_ONCE = 8
 
 

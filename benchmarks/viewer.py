@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ import requests
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from worklist import serve_until_input_ends
 
 from herald.config import BusConfig, Config, LedgerConfig, NotifierConfig, StoreConfig, WebuiConfig
 from herald.events import Finding, SeriesTriaged, utc_now
@@ -45,7 +45,6 @@ from herald.ledger import open_ledger
 from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.store import INSTANCE_SUFFIX, Prediction, StudyStore
 from webui import record
-from webui.service import serve
 from webui.users import add_user
 from webui.viewer import VOLUME_VIEWER
 
@@ -173,17 +172,6 @@ def running(folder: Path, config: Config) -> Iterator[None]:
         finally:
             assert process.stdin is not None
             process.stdin.close()
-
-
-def serve_until_input_ends(config: Config) -> None:
-    stop = threading.Event()
-
-    def wait() -> None:
-        sys.stdin.read()
-        stop.set()
-
-    threading.Thread(target=wait, daemon=True).start()
-    serve(config, stop)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

@@ -552,9 +552,17 @@ def test_scores_of_the_detector_become_cases_with_volumes_and_pictures_where_the
     logits = np.where(slice_truth == 1, 3.0, -3.0)
     (tmp_path / "scores" / "fold0").mkdir(parents=True)
     found = np.packbits(np.zeros((7, 6, DETECTION_IN_PLANE, DETECTION_IN_PLANE), bool), axis=-1)
-    np.savez(tmp_path / "scores" / "fold0" / "ct-ich_049.npz", slice=logits, pooled=logits, slice_truth=slice_truth,
-             study_truth=truth.max(axis=(0, 1, 2)), child=True, dice=np.full((7, 6), 0.5),
-             outlined=slice_truth[:, 0] == 1, found=found)  # fmt: skip
+    np.savez(
+        tmp_path / "scores" / "fold0" / "ct-ich_049.npz",
+        slice=logits,
+        pooled=logits,
+        slice_truth=slice_truth,
+        study_truth=truth.max(axis=(0, 1, 2)),
+        child=True,
+        dice=np.full((7, 6), 0.5),
+        outlined=slice_truth[:, 0] == 1,
+        found=found,
+    )
     calibration = {"scale": [1.0] * 5, "threshold_of_folds": [0.5] * 5, "mask_offset": [0.0]}
 
     without = score_hemorrhage.cases(tmp_path / "scores", calibration, tmp_path)

@@ -62,9 +62,8 @@ def by_openvino(saved: Path):
 
 
 def head(slices: int) -> np.ndarray:
-    return (
-        np.random.default_rng(slices).normal(40, 40, (slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE)).astype(np.int16)
-    )
+    shape = (slices, DETECTION_IN_PLANE, DETECTION_IN_PLANE)
+    return np.random.default_rng(slices).normal(40, 40, shape).astype(np.int16)
 
 
 @pytest.mark.parametrize("slices", [3, 1, 60, 2, 30])

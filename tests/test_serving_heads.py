@@ -21,7 +21,7 @@ from herald.check import check
 from herald.config import ServingConfig, load_config
 from herald.errors import ConfigError, SignatureMismatch
 from herald.heads import Head, Heads, aggregate, answers, parse_heads, read_heads
-from herald.signatures import DETECTION_IN_PLANE, FINDINGS, HEADS, HEMORRHAGE
+from herald.signatures import FINDINGS, HEADS, HEMORRHAGE
 from herald.volume import Volume, protocol_batch
 from router.inference import InferenceClient
 from serving import protocol
@@ -171,9 +171,7 @@ def test_herald_check_learns_heads_and_calibration_of_both_models_from_the_serve
 
     def detect(volume: "tf.Tensor") -> dict[str, "tf.Tensor"]:
         mean = tf.reduce_mean(tf.cast(volume, tf.float32), axis=(1, 2))[:, None] * tf.zeros((1, len(FINDINGS)))
-        mask = tf.cast(
-            mean[:, None, None] + tf.zeros((1, DETECTION_IN_PLANE, DETECTION_IN_PLANE, len(FINDINGS))), tf.uint8
-        )
+        mask = tf.cast(mean[:, None, None] + tf.zeros((1, *HEMORRHAGE.outputs["mask"].shape[1:])), tf.uint8)
         return {"mask": mask, "slice_probability": mean, "probability": tf.reduce_max(mean, axis=0)}
 
     (tmp_path / "models" / "hemorrhage").mkdir()
