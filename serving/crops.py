@@ -18,14 +18,13 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from herald.errors import ConfigError
 from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.volume import Placement, detection_input, slabs
 from serving.drawn import PX, Cavity, brighten_rim, cavity, draw_bleed, draw_calcification, move_bleed, widen_furrows
 from serving.phantom import draw_findings, simulate
+from serving.progress import progress
 from serving.public_sets import PUBLIC_SETS
 from serving.readers import SETS, UNKNOWN, LabelledVolume, anywhere
 
@@ -195,12 +194,6 @@ def _stored(path: Path) -> Prepared:
 def _pixels(path: Path) -> Pixels:
     with np.load(path) as file:
         return Pixels(file["volume"], file["positive"], file["unknown"], file["depth"])
-
-
-def progress() -> Progress:
-    """A progress bar on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def bleeds(patient: Prepared) -> bool:

@@ -13,10 +13,11 @@ from scipy.special import expit
 from herald.discrimination import auc
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
-from serving.crops import ALL_SETS, CROSS_VALIDATED, Prepared, prepare, progress, read_labelled
+from serving.crops import ALL_SETS, CROSS_VALIDATED, Prepared, prepare, read_labelled
 from serving.evaluation import auc_interval, dice, operating_point, platt, wilson
 from serving.evaluation_report import Case, picture, worst_cases
 from serving.hemorrhage import build
+from serving.progress import progress
 from serving.readers import UNKNOWN, LabelledVolume
 
 TARGET_SENSITIVITY = 0.95  # of studies, out of fold: missing a bleed is worse than an extra look ...

@@ -43,12 +43,12 @@ from serving.crops import (
     augment,
     identity,
     load_patients,
-    progress,
     split,
 )
 from serving.drawn import PX
 from serving.evaluation_report import check_report_path, report, write_report
 from serving.hemorrhage import WEIGHTS, build, load
+from serving.progress import progress
 from serving.readers import UNKNOWN
 from serving.score_hemorrhage import SHIPPED, cases, evaluate, score
 from serving.set_identity import compare

@@ -11,7 +11,7 @@ from rich.console import Console
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from herald.volume import Volume
-from serving import protocol, train_protocol
+from serving import protocol, score_protocol
 from serving.calibration import Scored, fit_temperature, measure, out_of_fold, tempered
 
 
@@ -78,10 +78,10 @@ def test_temperatures_are_stored_beside_the_weights_and_heads_of_one_class_keep_
         labels = [{"contrast": truth, "region": "head", "kernel": "soft"} for truth in truths]
         return [("set, held out", str(i), volume, of_one, None, None) for i, of_one in enumerate(labels)]
 
-    monkeypatch.setattr(train_protocol, "evaluation_sets", sets)
+    monkeypatch.setattr(score_protocol, "evaluation_sets", sets)
     sure = {name: np.array([[0.01, 0.99]], np.float32) for name in ("contrast", "region", "kernel", "orientation")}
     told = StringIO()
-    train_protocol.calibrate(lambda batch: sure, weights, tmp_path, (), 0, Console(file=told, width=200))
+    score_protocol.calibrate(lambda batch: sure, weights, tmp_path, (), 0, Console(file=told, width=200))
     assert asked == [(("ct-ich", "phe-sich"), True)]
     found = protocol.describe(weights).calibration
     assert list(found.temperature) == ["contrast"]
@@ -97,13 +97,13 @@ def test_a_temperature_that_is_not_better_on_other_series_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tmp_path / "own.weights.h5"
-    monkeypatch.setattr(train_protocol, "evaluation_sets", lambda *_, **__: (
+    monkeypatch.setattr(score_protocol, "evaluation_sets", lambda *_, **__: (
         ("set, held out", str(i), Volume(np.zeros((8, 16, 16), np.int16), np.arange(8) * 5.0, (1.0, 1.0)),
          {"region": ("head", "other")[i % 2]}, None, None) for i in range(20)
     ))  # fmt: skip
     right = iter([np.array([[0.999, 0.001], [0.001, 0.999]][i % 2 : i % 2 + 1], np.float32) for i in range(20)])
     told = StringIO()
-    train_protocol.calibrate(
+    score_protocol.calibrate(
         lambda batch: dict.fromkeys(("contrast", "orientation", "kernel", "region"), next(right)),
         weights, tmp_path, (), 0, Console(file=told, width=200),
     )  # fmt: skip

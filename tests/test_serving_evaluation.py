@@ -608,16 +608,16 @@ def test_decisions_of_the_protocol_model_become_cases_of_the_heads_whose_label_i
 
     from herald.signatures import HEADS
     from herald.volume import Volume
-    from serving import train_protocol
+    from serving import score_protocol
 
     volume = Volume(np.zeros((8, 64, 64), np.int16), np.arange(8) * 3.0, (1.0, 1.0))
-    monkeypatch.setattr(train_protocol, "evaluation_sets", lambda data, sets: iter([
+    monkeypatch.setattr(score_protocol, "evaluation_sets", lambda data, sets, **_: iter([
         ("ct-ich, trained on", "049", volume, {"kernel": "soft", "region": "head"}, True, None),
         ("dicom", "phantom/bone-1mm", volume, {"orientation": "axial"}, None, dict.fromkeys(HEADS)),
         ("simulated, held out", "0", volume, {"contrast": "contrast"}, None, None),
     ]))  # fmt: skip
     answer = {head: np.linspace(0.6, 0.4, len(classes), dtype=np.float32) for head, classes in HEADS.items()}
-    cases = train_protocol.evaluate(lambda batch: answer, None, ("all",), Console(quiet=True))
+    cases = score_protocol.evaluate(lambda batch: answer, None, ("all",), Console(quiet=True))
     assert [(c.source, c.task, c.trained_on, c.simulated, c.child, c.answer == c.truth) for c in cases] == [
         ("ct-ich, trained on", "kernel", True, False, True, True),
         ("ct-ich, trained on", "region", True, False, True, True),

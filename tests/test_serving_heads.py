@@ -27,10 +27,11 @@ from router.inference import InferenceClient
 from serving import protocol
 from serving.dicom_writer import Origin, write_dicom_series
 from serving.export import export, write_saved_model
+from serving.protocol_samples import Sample, Source
 from serving.server import ModelServer
 from serving.site_series import held_out, prepare_site, read_labels
 from serving.train import main as train_main
-from serving.train_protocol import Plan, Sample, Source, train
+from serving.train_protocol import Plan, train
 
 # keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -14,8 +14,9 @@ from herald.signatures import HEADS, PROTOCOL
 from herald.volume import protocol_batch, read_datasets, volume_from_datasets
 from serving import protocol
 from serving.phantom import simulate
+from serving.protocol_samples import BATCH, Sample, Source, finish, fit_to_atlas
+from serving.score_protocol import DICOM_SERIES
 from serving.train import main as train_main
-from serving.train_protocol import BATCH, DICOM_SERIES, Sample, Source, finish, fit_to_atlas
 
 DATA = Path("../shared/data")
 
