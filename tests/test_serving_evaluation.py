@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from io import BytesIO
+from io import BytesIO, StringIO
 from itertools import pairwise
 
 import numpy as np
@@ -627,3 +627,24 @@ def test_decisions_of_the_protocol_model_become_cases_of_the_heads_whose_label_i
     assert [c.header for c in cases] == [None, None, "", None]
     assert [c.kernel for c in cases] == ["", "soft", "", ""]
     assert all(c.thickness_mm == 3.0 and Image.open(BytesIO(c.picture)).size == (384, 384) for c in cases)
+
+
+def test_a_head_scan_is_told_from_everything_else_by_all_heads_at_once(monkeypatch):
+    from rich.console import Console
+
+    from herald.signatures import HEADS
+    from herald.volume import Volume
+    from serving import score_protocol
+
+    volume = Volume(np.zeros((8, 64, 64), np.int16), np.arange(8) * 3.0, (1.0, 1.0))
+    told = StringIO()
+    monkeypatch.setattr(score_protocol, "evaluation_sets", lambda data, sets, **_: iter([
+        ("simulated", "0", volume, score_protocol.HEAD_SCAN, None, None),
+        ("simulated", "1", volume, {**score_protocol.HEAD_SCAN, "contrast": "contrast"}, None, None),  # let through
+        ("simulated", "2", volume, {"region": "other"}, None, None),  # let through as well
+        ("simulated", "3", volume, {"region": "head"}, None, None),  # nobody knows
+    ]))  # fmt: skip
+    answer = {head: np.linspace(0.9, 0.1, len(classes), dtype=np.float32) for head, classes in HEADS.items()}
+    score_protocol.evaluate(lambda batch: answer, None, ("all",), Console(file=told, width=160))
+    line = next(line for line in told.getvalue().splitlines() if "all at once" in line)
+    assert "1/3" in line
