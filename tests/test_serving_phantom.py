@@ -94,7 +94,7 @@ def test_tiny_bleeds_are_drawn_and_painted() -> None:
 
 def test_subdural_blood_may_be_fresh_or_old_and_settle() -> None:
     medians = []
-    for seed in range(16):
+    for seed in range(48):
         hounsfield, fluid = composed()
         labels, _ = bleed(np.random.default_rng(seed), hounsfield, fluid, {"sdh": 30.0})
         medians.append(float(np.median(hounsfield[labels > 0])))

@@ -155,7 +155,7 @@ def atlas() -> Atlas:
     deep = (depth < -14) & (np.abs(x) < 42) & (y > -50) & (y < 75) & (z > -42) & (z < 38)
     ventricle = ndimage.binary_opening((csf > 0.5) & deep & (mask > 0.5))
     arch = ((y - 5) / 55) ** 2 + ((z - 2) / 36) ** 2 > 1
-    falx = (np.abs(x) < 1.2) & arch & (depth < 1) & (z > np.where(y > 30, -2, -10))
+    falx = (np.abs(x) < 0.6) & arch & (depth < 1) & (z > np.where(y > 30, -2, -10))
     arteries, veins = _vessels(depth)
     choroid, muscles = np.zeros(HEAD_SHAPE, np.float32), np.zeros(HEAD_SHAPE, np.float32)
     for side in (-1, 1):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from serving.phantom.anatomy import (
     AIR,
@@ -135,9 +136,10 @@ def _granuloma(c: Canvas) -> None:
 def _dense_dura(c: Canvas) -> None:
     """Falx and tentorium thicker and denser than usual; the tentorium's free edge ends bright beside the brainstem."""
     value = c.rng.uniform(45, 65)
-    for sheet in (c.atlas.tentorium, c.atlas.falx):
+    thick_falx = ndimage.binary_dilation(c.atlas.falx, np.ones((1, 1, 3), bool))
+    for sheet in (c.atlas.tentorium, thick_falx):
         raised = c.hounsfield[sheet]
-        c.hounsfield[sheet] = np.maximum(raised, raised + c.rng.uniform(0.6, 1.0) * (value - raised))
+        c.hounsfield[sheet] = np.maximum(raised, raised + c.rng.uniform(0.2, 1.0) * (value - raised))
 
 
 def _dense_vessels(c: Canvas) -> None:
