@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from nibabel.nifti1 import Nifti1Image
 from pydicom import dcmread
 from pydicom.uid import generate_uid
+
+from herald.volume import Volume
+from serving.dicom_writer import Origin, seeded_uid, write_dicom_series
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 SERIES = ("ge-head", "philips-phantom/localizer", "philips-phantom/soft-5mm", "philips-phantom/bone-1mm", "lidc-body")
@@ -38,6 +43,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 if keyword in ds:
                     ds[keyword].value = None
             ds.save_as(folder / f"{series.replace('/', '-')}-{number}-blank.dcm")
+    names[str(write_cranium(folder / "cranium"))] = "cranium"
     command = [sys.executable, "-m", "herald", "demo", "--once", "--json", "--dicom", str(folder)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HERALD_")}
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=500, check=False)
@@ -47,8 +53,26 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {names[one["series_instance_uid"]]: one for one in answer["series"]}
 
 
+def write_cranium(folder: Path) -> str:
+    """The thin-slice head of another scanner as DICOM; returns its SeriesInstanceUID."""
+    image = Nifti1Image.from_filename(DATA / "volumes" / "cranium.nii.gz")
+    hounsfield = np.asarray(image.dataobj).astype(np.int16).transpose(2, 1, 0)[:, ::-1]  # stored with y to the face
+    dx, dy, dz = (float(v) for v in image.header.get_zooms())
+    volume = Volume(np.ascontiguousarray(hounsfield), np.arange(len(hounsfield)) * dz, (dy, dx))
+    origin = Origin(study="cranium", series="1", slice_thickness_mm=dz, derived=True)
+    write_dicom_series(volume, folder, origin)
+    return seeded_uid(origin.study, origin.series)
+
+
 def test_every_real_series_has_its_disposition(told: dict[str, Any]) -> None:
-    assert set(told) == {f"{series}{variant}" for series in (*SERIES, SCREENS) for variant in ("", " blank")}
+    assert set(told) == {f"{series}{variant}" for series in (*SERIES, SCREENS) for variant in ("", " blank")} | {
+        "cranium"
+    }
+
+
+def test_thin_slices_of_a_real_head_without_a_bleed_are_negative(told: dict[str, Any]) -> None:
+    assert told["cranium"]["disposition"] == "negative"
+    assert not told["cranium"]["uncertain"]
 
 
 @pytest.mark.parametrize("variant", ["", " blank"])
