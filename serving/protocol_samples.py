@@ -144,7 +144,7 @@ def _other_region(i: int) -> str:
 
 
 def _draw_cranium(path: Path, rng: np.random.Generator, i: int) -> Subject:
-    cranium = read_cranium(path)
+    cranium = cranium_subject(path)
     if i % 2 == 0:
         return cranium
     hounsfield = cranium.hounsfield.astype(np.float32)
@@ -171,13 +171,10 @@ def _clean(rng: np.random.Generator, subject: Subject, kind: str) -> Sample:
 # --- real heads ------------------------------------------------------------------------------------------------------
 
 
-def read_cranium(path: Path) -> Subject:
-    """The thin-slice head of Debian's invesalius-examples on the head grid of the atlas, roughly aligned to it."""
-    from nibabel.nifti1 import Nifti1Image
-
-    image = Nifti1Image.from_filename(path)
-    zyx = np.asarray(image.dataobj).astype(np.int16).transpose(2, 1, 0)[:, ::-1]  # stored with y towards the face
-    dx, dy, dz = (float(v) for v in image.header.get_zooms())  # type: ignore[no-untyped-call]
+def cranium_subject(path: Path) -> Subject:
+    """The thin-slice head on the head grid of the atlas, roughly aligned to it."""
+    volume = readers.read_cranium(path)
+    zyx, dz, (dy, dx) = volume.hounsfield, volume.slice_spacing_mm, volume.pixel_spacing_mm
     fit = fit_to_atlas(zyx, dz)
     scale = np.array([1 / dz, 1 / dy, 1 / dx])
     middle = np.array([(fit.top - 86.0 / dz), (fit.front + 99.0 / dy), (fit.left + fit.right) / 2])  # where mm are 0

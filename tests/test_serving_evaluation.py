@@ -638,12 +638,13 @@ def test_a_head_scan_is_told_from_everything_else_by_all_heads_at_once(monkeypat
 
     volume = Volume(np.zeros((8, 64, 64), np.int16), np.arange(8) * 3.0, (1.0, 1.0))
     told = StringIO()
-    monkeypatch.setattr(score_protocol, "evaluation_sets", lambda data, sets, **_: iter([
+    series = [
         ("simulated", "0", volume, score_protocol.HEAD_SCAN, None, None),
         ("simulated", "1", volume, {**score_protocol.HEAD_SCAN, "contrast": "contrast"}, None, None),  # let through
         ("simulated", "2", volume, {"region": "other"}, None, None),  # let through as well
         ("simulated", "3", volume, {"region": "head"}, None, None),  # nobody knows
-    ]))  # fmt: skip
+    ]
+    monkeypatch.setattr(score_protocol, "evaluation_sets", lambda data, sets, **_: iter(series))
     answer = {head: np.linspace(0.9, 0.1, len(classes), dtype=np.float32) for head, classes in HEADS.items()}
     score_protocol.evaluate(lambda batch: answer, None, ("all",), Console(file=told, width=160))
     line = next(line for line in told.getvalue().splitlines() if "all at once" in line)
