@@ -7,6 +7,7 @@ from pydicom.dataset import Dataset
 
 from herald import __version__
 from herald.config import RouterConfig
+from herald.cranium import detector_view
 from herald.errors import StoreError
 from herald.events import SeriesReceived, SeriesTriaged, utc_now
 from herald.header import header_claim
@@ -60,7 +61,7 @@ def triage_series(
 
     thick = slabs(volume, config.slab_thickness_mm)
     seen, placement = detection_input(thick.volume)
-    detected = client.detect_hemorrhage(seen)
+    detected = client.detect_hemorrhage(detector_view(seen))
     answer = (detected.mask, detected.slice_probability, detected.probability)
     store.write_prediction(
         received.study_instance_uid,

@@ -1,7 +1,7 @@
 """What the haemorrhage model learns from: prepared patients, and crops drawn from them, changed at random.
 
-The data are prepared once through `herald.volume.detection_input`, which is exactly what the node sends. Every batch
-follows from the seed and its number alone, so that a run that was cut short goes on as if it had not been.
+The data are prepared once through `herald.volume.detection_input` and `herald.cranium`, exactly as the node does. Every
+batch follows from the seed and its number alone, so that a run that was cut short goes on as if it had not been.
 """
 
 import os
@@ -19,10 +19,11 @@ from keras import ops
 from numpy.typing import NDArray
 from PIL import Image
 
+from herald.cranium import cavity_depth, detector_view
 from herald.errors import ConfigError
 from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.volume import Placement, detection_input, slabs
-from serving.drawn import PX, Cavity, brighten_rim, cavity, draw_bleed, draw_calcification, move_bleed, widen_furrows
+from serving.drawn import PX, Cavity, brighten_rim, draw_bleed, draw_calcification, move_bleed, widen_furrows
 from serving.phantom import draw_findings, simulate
 from serving.progress import progress
 from serving.public_sets import PUBLIC_SETS
@@ -38,7 +39,7 @@ DRAWN_SHARE = 0.15  # of the other crops that get a bleed, drawn or moved there 
 MOVED_SHARE = 0.3  # of those, moved
 CALCIFIED_SHARE = 0.08  # of all crops
 KEPT_IN_MEMORY = 300  # patients of some 10 MB
-RIM_SHARE = 0.5  # of all crops, made brighter under the skull
+RIM_SHARE = 0.25  # of all crops, made brighter under the skull: what `detector_view` leaves is uneven
 AGED_SHARE = 0.4  # of all crops, given the wide furrows of old age: most patients of CT-ICH are young
 SIMULATED_SEED = 20
 WORTH_PROCESSES = 8  # patients to prepare: a process takes some seconds to import Keras
@@ -64,7 +65,7 @@ class Pixels:
     """One patient as the model sees it; bit c of `positive` and `unknown` is finding c.
 
     `volume` (D, N, N) int16, `positive` and `unknown` (D, N, N) uint8, `depth` (D, N, N) uint8 as
-    `serving.drawn.cavity` finds it.
+    `herald.cranium.cavity_depth` finds it.
     """
 
     volume: NDArray[np.int16]
@@ -91,7 +92,7 @@ class Prepared:
 
 
 def prepare(labelled: LabelledVolume) -> Prepared:
-    """Average thin slices and cut volume and truth to the square around the head, as the node does."""
+    """Average thin slices, cut volume and truth to the square around the head, even its cupping, as the node does."""
     thick = slabs(labelled.volume)
     volume, placement = detection_input(thick.volume)
     truth, slice_truth = labelled.truth, labelled.slice_truth
@@ -100,10 +101,10 @@ def prepare(labelled: LabelledVolume) -> Prepared:
         truth = np.stack([anywhere(truth[list(m)]) for m in thick.members])
     truth = _nearest(truth, placement)
     pixels = Pixels(
-        volume=volume,
+        volume=detector_view(volume),
         positive=np.packbits(truth == 1, axis=-1, bitorder="little")[..., 0],
         unknown=np.packbits(truth == UNKNOWN, axis=-1, bitorder="little")[..., 0],
-        depth=cavity(volume).depth,
+        depth=cavity_depth(volume),
     )
     study_truth = anywhere(labelled.slice_truth) if labelled.study_truth is None else labelled.study_truth
     return Prepared(labelled.source, labelled.patient, slice_truth, study_truth, bool(labelled.child), lambda: pixels)

@@ -11,18 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from herald.cranium import CAVITY
 from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 
 Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
-BONE = 250.0  # Hounsfield units, above blood and most calcifications
-BRIGHT = 110.0  # above blood
+BRIGHT = 110.0  # Hounsfield units, above blood
 FLUID = 18.0  # below it, once smoothed: fluid rather than brain
 PX = DETECTION_IN_PLANE / 256  # lengths below are those of a prepared head of 256 pixels, some 0.9 mm each
 SLICE_PX = 5.5 * PX  # the distance of two slices, 5 mm
-ENCLOSED = 0.8  # of a cavity's outline that bone must border: face and neck have less
-CAVITY_PX = 1500 * PX**2  # smaller ones are sinuses, orbits and the canal
+CAVITY_PX = CAVITY * DETECTION_IN_PLANE**2
 UNEVEN_PX = 4.0 * PX  # radius above which a blob's outline shows bumps
 LEAST_PX = 12 * PX**2  # of blood that make a slice positive: about 10 mm2
 
@@ -32,33 +31,13 @@ FINDING = {"iph": "iph", "tiny": "iph", "ivh": "ivh", "sah": "sah", "sdh": "edh_
 
 @dataclass(frozen=True, eq=False)
 class Cavity:
-    """`depth` (D, H, W) uint8: distance from the inner table in pixels within the cranial cavity, 0 elsewhere."""
+    """`depth` (D, H, W) uint8 as `herald.cranium.cavity_depth` finds it in a prepared head."""
 
     depth: NDArray[np.uint8]
 
     def __getitem__(self, slices: NDArray[np.intp]) -> "Cavity":
         """The same of some slices."""
         return Cavity(self.depth[slices])
-
-
-def cavity(volume: NDArray[np.int16]) -> Cavity:
-    """Find the cranial cavity of a prepared head (D, H, W), slice by slice; slices without a closed one have none."""
-    depth = np.zeros(volume.shape, dtype=np.uint8)
-    for plane, out in zip(volume.astype(np.float32), depth, strict=True):
-        edge = _steps(4)
-        bone = ndimage.binary_closing(np.pad(plane > BONE, edge), iterations=_steps(3))[edge:-edge, edge:-edge]
-        soft = ndimage.binary_erosion((plane > -20) & (plane < 110) & ~bone, iterations=_steps(2))
-        parts, count = ndimage.label(soft)
-        if not count:
-            continue
-        sizes = np.bincount(parts.ravel())[1:]
-        ring = ndimage.binary_dilation(bone, iterations=_steps(4))
-        for part in np.flatnonzero(sizes > CAVITY_PX) + 1:
-            inside = ndimage.binary_fill_holes(ndimage.binary_dilation(parts == part, iterations=_steps(2))) & ~bone
-            outline = inside & ~ndimage.binary_erosion(inside)
-            if (outline & ring).sum() > ENCLOSED * outline.sum():
-                out[inside] = np.minimum(ndimage.distance_transform_edt(inside), 255)[inside].astype(np.uint8)
-    return Cavity(depth)
 
 
 def draw_bleed(

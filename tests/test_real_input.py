@@ -80,7 +80,6 @@ def test_the_real_head_is_recognised_and_goes_through_detection(told: dict[str, 
     assert any("gantry tilt" in note for note in head["notes"])
 
 
-@pytest.mark.xfail(strict=True, reason="a false alarm of the first weights, named in serving/cards/hemorrhage.md")
 def test_the_real_head_without_a_bleed_is_negative(told: dict[str, Any]) -> None:
     assert told["ge-head"]["disposition"] == "negative"
 

@@ -11,12 +11,16 @@ from pydicom.dataset import Dataset
 from pydicom.uid import EnhancedCTImageStorage
 from receiver_fakes import ct_series
 from router_fakes import FixedModels, received
+from test_herald_cranium import head
 
 from herald.config import RouterConfig, StoreConfig
+from herald.cranium import detector_view
 from herald.errors import StoreError
 from herald.events import SeriesTriaged
 from herald.store import StudyStore
+from herald.volume import Volume, read_datasets
 from router.triage import triage_series
+from serving.dicom_writer import Origin, write_dicom_series
 
 TILTED = [1.0, 0.0, 0.0, 0.0, float(np.cos(np.radians(15))), float(np.sin(np.radians(15)))]
 
@@ -36,15 +40,16 @@ def stored(store: StudyStore, images: Sequence[Dataset]) -> list[Path]:
     return paths
 
 
-def triaged(store: StudyStore, images: Sequence[Dataset], count: int | None = None) -> SeriesTriaged:
+def triaged(
+    store: StudyStore, images: Sequence[Dataset], count: int | None = None, models: Any = None
+) -> SeriesTriaged:
     """The disposition of the images' series, of which the receiver counted `count` instances."""
     event = received(
         study_instance_uid=str(images[0].StudyInstanceUID),
         series_instance_uid=str(images[0].SeriesInstanceUID),
         instance_count=len(images) if count is None else count,
     )
-    models: Any = FixedModels(bleeds=False)
-    return triage_series(event, store, models, RouterConfig())
+    return triage_series(event, store, models or FixedModels(bleeds=False), RouterConfig())
 
 
 def test_a_whole_head_without_a_bleed_is_negative_and_certain(store: StudyStore) -> None:
@@ -126,3 +131,24 @@ def test_the_frames_of_enhanced_images_count_against_the_most_images_before_any_
     event = triaged(store, images)
     assert event.disposition == "not_eligible"
     assert event.reasons == (f"too many images: {sum(frames)}, a head scan has at most 2000 (router.most_images)",)
+
+
+def test_the_model_sees_a_head_with_usual_cupping_and_the_reader_the_one_that_was_scanned(
+    store: StudyStore, tmp_path: Path
+) -> None:
+    class Watching(FixedModels):
+        def detect_hemorrhage(self, volume: Any) -> Any:
+            shown.append(volume)
+            return super().detect_hemorrhage(volume)
+
+    shown: list[Any] = []
+    scanned = Volume(head(cupping=2.0, slices=12), np.arange(12) * 5.0, (0.5, 0.5))
+    origin = Origin(study="cupping", series="1", slice_thickness_mm=5.0, derived=True)
+    write_dicom_series(scanned, tmp_path / "series", origin)
+    images = read_datasets((tmp_path / "series").glob("*.dcm"))
+    stored(store, images)
+    event = triaged(store, images, models=Watching(bleeds=True))
+    kept = store.read_prediction(event.study_instance_uid, event.series_instance_uid, event.revision)
+    usual = detector_view(kept.hounsfield)
+    assert (kept.hounsfield != usual).any()
+    assert (shown[0] == usual).all()

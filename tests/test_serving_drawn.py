@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from herald.cranium import cavity_depth
 from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from serving.crops import truth_of
 from serving.drawn import (
@@ -12,7 +13,6 @@ from serving.drawn import (
     PX,
     Cavity,
     brighten_rim,
-    cavity,
     draw_bleed,
     draw_calcification,
     move_bleed,
@@ -47,23 +47,7 @@ IN_BLOOD = (5, round(110 * PX), round(70 * PX))
 @pytest.fixture(scope="module")
 def scan() -> tuple[np.ndarray, Cavity]:
     volume = head()
-    return volume.astype(np.float32), cavity(volume)
-
-
-def test_the_cavity_is_what_bone_encloses_and_its_depth_grows_from_the_inner_table(scan: tuple) -> None:
-    _, inside = scan
-    middle = round(127 * PX)
-    assert inside.depth[5, middle, middle] > 80 * PX
-    assert 0 < inside.depth[5, middle, middle - round(90 * PX)] < 5 * PX
-    assert not inside.depth[5, middle, middle - round(104 * PX)]  # scalp
-    assert not inside.depth[5, 5, 5]
-
-
-def test_a_head_whose_bone_does_not_close_has_no_cavity() -> None:
-    volume = head(slices=1)
-    lower = volume[:, DETECTION_IN_PLANE // 2 :]
-    lower[lower > 400] = 30
-    assert not cavity(volume).depth.any()
+    return volume.astype(np.float32), Cavity(cavity_depth(volume))
 
 
 @pytest.mark.parametrize("kind", KINDS)
