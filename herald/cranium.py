@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-AIR = -1024
-Hounsfield = NDArray[np.int16]
+from herald.volume import AIR_HOUNSFIELD, Hounsfield
+
 Bool = NDArray[np.bool_]
 
 BONE = 250.0  # Hounsfield units, above blood and most calcifications
@@ -46,7 +46,7 @@ def detector_view(head: Hounsfield) -> Hounsfield:
     out = head.copy()
     _even_cupping(out, coarse, depth)
     enclosed: Bool = np.any(depth > 0, axis=(1, 2))
-    out[: _below_skull(enclosed)] = AIR
+    out[: _below_skull(enclosed)] = AIR_HOUNSFIELD
     return out
 
 

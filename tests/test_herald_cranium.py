@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herald.cranium import AIR, DEPTHS, LEAST_SLICES, MARGIN_SLICES, MOST, USUAL, cavity_depth, detector_view
+from herald.cranium import DEPTHS, LEAST_SLICES, MARGIN_SLICES, MOST, USUAL, cavity_depth, detector_view
 from herald.signatures import DETECTION_IN_PLANE
+from herald.volume import AIR_HOUNSFIELD
 
 SIDE = DETECTION_IN_PLANE
 DEEP = 33
@@ -123,7 +124,7 @@ def with_neck(slices_of_neck: int, slices_of_head: int) -> np.ndarray:
 
 def test_muscle_well_below_the_skull_is_not_looked_at_and_the_slices_next_to_it_are() -> None:
     seen = detector_view(with_neck(8, 20))
-    assert (seen[: 8 - MARGIN_SLICES] == AIR).all()
+    assert (seen[: 8 - MARGIN_SLICES] == AIR_HOUNSFIELD).all()
     assert (seen[8 - MARGIN_SLICES : 8, RADIUS < 50] > -1000).all()
 
 
@@ -133,4 +134,4 @@ def test_where_the_skull_is_not_sure_every_slice_is_looked_at(why: str) -> None:
     if why != "few slices of a head":
         thin = volume[8 + 1 :: 2] if "most" in why else volume
         thin[thin > 200] = 200
-    assert (detector_view(volume) > AIR).all()
+    assert (detector_view(volume) > AIR_HOUNSFIELD).all()
