@@ -23,15 +23,15 @@ CORRECTED = (0, 120)  # what may hold brain or blood; all else stays as it is
 ENCLOSED = 0.8  # of a cavity's outline that bone must border: face and neck have less
 CAVITY = 1500 / 256**2  # of the square; smaller ones are sinuses, orbits and the canal
 
-DEPTHS = (1, 6, 11, 17, 25, 37, 55, 90)  # edges of shells below the inner table, in 1/384 of the square, some 0.6 mm
+DEPTHS = (1, 6, 11, 17, 25, 37, 55, 90)  # edges of shells below the inner table, in pixels of a head of 384, 0.6 mm
 USUAL = (14.0, 9.0, 8.0, 6.0, 4.0, 1.0, 0.0)
-"""Hounsfield units of tissue in these shells above that in the last: medians over the 41 heads of CT-ICH."""
+"""The `cupping` of CT-ICH's 41 heads, within one Hounsfield unit of the medians (tests/test_real_cranium.py)."""
 TISSUE_PERCENTILE = 60.0  # grey rather than white matter, of which furrows and age take less
 MOST = 10.0  # Hounsfield units, so that blood which fills a shell cannot be taken for cupping altogether
 LEAST_VOXELS = 500  # in each shell, of every second row and column
-LEAST_SLICES = 12  # of the cavity, some 6 cm of a head of 15 ...
-LEAST_FOUND = 0.7  # ... in which it was found, before slices below it are left out: not where bone is thin or open
-MARGIN_SLICES = 3  # below the first cavity that are looked at all the same, some 15 mm
+LEAST_SLICES = 12  # from the first cavity up, some 6 cm of a head of 15 ...
+LEAST_FOUND = 0.7  # ... with one in so many, before slices below are left out: not where bone is thin or open
+MARGIN_SLICES = 3  # below the first cavity that are looked at all the same
 COARSE = 2  # every such row and column is enough to find the skull
 
 
@@ -42,12 +42,42 @@ def detector_view(head: Hounsfield) -> Hounsfield:
     below the skull become air, where the cavity is known well enough to say so.
     """
     coarse = head[:, ::COARSE, ::COARSE]
-    depth = cavity_depth(coarse).astype(np.float32) * np.float32(384 / coarse.shape[1])
+    depth = cavity_depth(coarse)
     out = head.copy()
-    _even_cupping(out, coarse, depth)
+    if (found := cupping(coarse, depth)) is not None:
+        _lower(out, depth, np.clip(found - np.array(USUAL), -MOST, MOST))
     enclosed: Bool = np.any(depth > 0, axis=(1, 2))
     out[: _below_skull(enclosed)] = AIR_HOUNSFIELD
     return out
+
+
+def cupping(head: Hounsfield, depth: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+    """Hounsfield units by which tissue in each shell of DEPTHS is brighter than in the last; None where one is small.
+
+    `head` (D, N, N) and its `cavity_depth`, at any N.
+    """
+    tissue = (depth > 0) & (head > TISSUE[0]) & (head < TISSUE[1])
+    below, hounsfield = _in_384(depth)[tissue], head[tissue]
+    shells = [hounsfield[(below >= low) & (below < high)] for low, high in pairwise(DEPTHS)]
+    if min(len(shell) for shell in shells) < LEAST_VOXELS:
+        return None
+    level = np.array([np.percentile(shell, TISSUE_PERCENTILE) for shell in shells])
+    return np.asarray(level - level[-1], np.float64)
+
+
+def _lower(head: Hounsfield, depth: NDArray[np.uint8], excess: NDArray[np.float64]) -> None:
+    """Take `excess` (shells,) from brain and blood of `head`, by their coarse `depth`, between middles of shells."""
+    middles = [(low + high) / 2 for low, high in pairwise(DEPTHS)]
+    rise = np.where(depth > 0, np.interp(_in_384(depth), middles, -excess), 0).astype(np.float32)
+    for plane, added in zip(head, rise, strict=True):
+        fine = ndimage.uniform_filter(added.repeat(COARSE, axis=0).repeat(COARSE, axis=1), COARSE)
+        brain = (plane > CORRECTED[0]) & (plane < CORRECTED[1])
+        plane[brain] = np.rint(plane[brain] + fine[brain])
+
+
+def _in_384(depth: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Depths in pixels of a head of 384."""
+    return depth.astype(np.float32) * np.float32(384 / depth.shape[1])
 
 
 def _below_skull(enclosed: Bool) -> int:
@@ -58,32 +88,6 @@ def _below_skull(enclosed: Bool) -> int:
     found = enclosed[lowest:]
     sure = len(found) >= LEAST_SLICES and found.mean() >= LEAST_FOUND
     return max(0, lowest - MARGIN_SLICES) if sure else 0
-
-
-def _even_cupping(head: Hounsfield, coarse: Hounsfield, depth: NDArray[np.float32]) -> None:
-    """Give `head` the usual cupping, by what every second row and column of it shows and how deep that lies."""
-    excess = _excess(coarse, depth)
-    if excess is None:
-        return
-    middles = [(low + high) / 2 for low, high in pairwise(DEPTHS)]
-    rise = np.where(depth > 0, np.interp(depth, middles, -excess), 0).astype(np.float32)
-    for plane, added in zip(head, rise, strict=True):
-        fine = np.kron(added, np.ones((COARSE, COARSE), np.float32))[: plane.shape[0], : plane.shape[1]]
-        fine = ndimage.uniform_filter(fine, COARSE)
-        brain = (plane > CORRECTED[0]) & (plane < CORRECTED[1])
-        plane[brain] = np.rint(plane[brain] + fine[brain])
-
-
-def _excess(head: Hounsfield, depth: NDArray[np.float32]) -> NDArray[np.float64] | None:
-    """Hounsfield units by which each shell is brighter than usual, beside the last; None where one is too small."""
-    tissue = (depth > 0) & (head > TISSUE[0]) & (head < TISSUE[1])
-    of_tissue, hounsfield = depth[tissue], head[tissue]
-    shells = [hounsfield[(of_tissue >= low) & (of_tissue < high)] for low, high in pairwise(DEPTHS)]
-    if min(len(shell) for shell in shells) < LEAST_VOXELS:
-        return None
-    level = np.array([np.percentile(shell, TISSUE_PERCENTILE) for shell in shells])
-    excess: NDArray[np.float64] = np.clip(level - level[-1] - np.array(USUAL), -MOST, MOST)
-    return excess
 
 
 def cavity_depth(head: Hounsfield) -> NDArray[np.uint8]:

@@ -450,10 +450,10 @@ class Placement:
 
 
 def detection_input(volume: Volume) -> tuple[Hounsfield, Placement]:
-    """What the haemorrhage model sees: (D, N, N) int16 for N of DETECTION_IN_PLANE, a square around a head of one size.
+    """Cut out a square around the head, at one size: (D, N, N) int16 for N of DETECTION_IN_PLANE.
 
     Cutting by the head rather than by millimetres makes the input independent of the field of view and of whether
-    PixelSpacing is known; `Placement` leads back.
+    PixelSpacing is known; `Placement` leads back. The haemorrhage model sees `herald.cranium.detector_view` of it.
     """
     placement = head_square(volume.hounsfield)
     side = placement.side

@@ -24,6 +24,7 @@ from serving.phantom import CONTRAST_PHASES, OTHER_REGIONS, acquire, draw_acquis
 from serving.phantom.anatomy import HEAD_ORIGIN, HEAD_SHAPE, Float, Subject, atlas
 from serving.phantom.scanner import Acquisition, develop
 from serving.progress import progress
+from serving.public_sets import read_cranium
 
 SEED = 2026
 BATCH = 6  # small, for many steps in little time; large enough for batch normalisation over eight slices
@@ -173,7 +174,7 @@ def _clean(rng: np.random.Generator, subject: Subject, kind: str) -> Sample:
 
 def cranium_subject(path: Path) -> Subject:
     """The thin-slice head on the head grid of the atlas, roughly aligned to it."""
-    volume = readers.read_cranium(path)
+    volume = read_cranium(path)
     zyx, dz, (dy, dx) = volume.hounsfield, volume.slice_spacing_mm, volume.pixel_spacing_mm
     fit = fit_to_atlas(zyx, dz)
     scale = np.array([1 / dz, 1 / dy, 1 / dx])

@@ -22,7 +22,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -698,6 +698,12 @@ def _nifti_scan(path: Path) -> _Scan:
         notes=tuple(notes),
     )
     return _Scan(volume, turns, values.shape, stored_planes)
+
+
+def read_cranium(path: Path) -> Volume:
+    """The thin-slice head without contrast or bleeding of Debian's invesalius-examples; raises ConfigError."""
+    volume = _nifti_scan(path).volume
+    return replace(volume, hounsfield=np.ascontiguousarray(volume.hounsfield[:, ::-1]))  # its affine turns the face
 
 
 def _labels(path: Path, scan: _Scan, allowed: Sequence[int]) -> _Labels:

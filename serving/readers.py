@@ -3,7 +3,6 @@
 Both sets keep the layout of `herald.volume`: slices from inferior to superior, rows from anterior to posterior. Neither
 says which side is the patient's left; training flips sides at random. `SETS` names where each lies below the data
 folder. `named_patients` and `write_patient` turn patients into DICOM series, to test a whole node with real bleeds.
-`read_cranium` reads the one thin-slice head.
 CT-ICH: Hssayeni et al. 2020, PhysioNet, CC BY 4.0. PHE-SICH-CT-IDS: Ma et al. 2023, CC BY 4.0.
 """
 
@@ -302,13 +301,3 @@ def _grey(path: Path) -> NDArray[np.uint8]:
 def _upright(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The face looks to the left in PHE-SICH: a quarter turn clockwise brings it to the top."""
     return np.rot90(plane, k=-1)
-
-
-def read_cranium(path: Path) -> Volume:
-    """The thin-slice head without contrast or bleeding of Debian's invesalius-examples, cranium.nii.gz."""
-    from nibabel.nifti1 import Nifti1Image
-
-    image = Nifti1Image.from_filename(path)
-    zyx = np.asarray(image.dataobj).astype(np.int16).transpose(2, 1, 0)[:, ::-1]  # stored with y towards the face
-    dx, dy, dz = (float(v) for v in image.header["pixdim"][1:4])
-    return Volume(np.ascontiguousarray(zyx), np.arange(len(zyx)) * np.float64(dz), (dy, dx))

@@ -12,7 +12,7 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 
 from serving.dicom_writer import Origin, seeded_uid, write_dicom_series
-from serving.readers import read_cranium
+from serving.public_sets import read_cranium
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 SERIES = ("ge-head", "philips-phantom/localizer", "philips-phantom/soft-5mm", "philips-phantom/bone-1mm", "lidc-body")

@@ -1,0 +1,35 @@
+"""What the detector is shown of every real bleeding and healthy head of CT-ICH."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from herald.cranium import USUAL, cavity_depth, cupping, detector_view
+from herald.volume import AIR_HOUNSFIELD, detection_input, slabs
+from serving.readers import SETS
+
+FOLDER, PATIENTS, READ = SETS["ct-ich"]
+DATA = Path(__file__).parent.parent.parent / "shared" / "data" / FOLDER
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def heads() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each head as it is cut out, and which of its slices bleed."""
+    if not DATA.is_dir():
+        pytest.skip("no real CT at ../shared/data")
+    labelled = [READ(DATA, name) for name in PATIENTS(DATA)]
+    return [(detection_input(slabs(one.volume).volume)[0], one.slice_truth[:, 0] == 1) for one in labelled]
+
+
+def test_the_usual_cupping_is_the_median_of_these_heads(heads: list) -> None:
+    found = [cupping(head, cavity_depth(head)) for head, _ in heads]
+    medians = np.median([one for one in found if one is not None], axis=0)
+    assert medians == pytest.approx(np.array(USUAL), abs=1.0)
+
+
+def test_no_slice_that_bleeds_is_taken_for_neck_and_many_of_the_others_are(heads: list) -> None:
+    left_out = [(detector_view(head) == AIR_HOUNSFIELD).all(axis=(1, 2)) for head, _ in heads]
+    assert not any((out & bleeds).any() for out, (_, bleeds) in zip(left_out, heads, strict=True))
+    assert sum(out.any() for out in left_out) > len(heads) / 2
