@@ -13,6 +13,7 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 from pynetdicom import AE, _config, evt
 from pynetdicom.presentation import build_context
 
+from herald.calling import CallingEntity
 from herald.errors import ConfigError, NotDicomError, StoreError
 from herald.instance import read_header
 
@@ -109,7 +110,7 @@ def send(
 def _application_entity(calling_ae_title: str, timeout_s: float) -> AE:
     _config.STORE_SEND_CHUNKED_DATASET = True  # the bytes of the file as they are, in its own transfer syntax
     try:
-        ae = AE(ae_title=calling_ae_title)
+        ae = CallingEntity(ae_title=calling_ae_title)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the calling AE title {calling_ae_title!r} cannot be used: {error}") from error
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = timeout_s

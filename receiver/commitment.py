@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
-from pynetdicom import AE, build_context, build_role, evt
+from pynetdicom import build_context, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import N_EVENT_REPORT
 from pynetdicom.dsutils import encode
@@ -29,9 +29,9 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     StorageCommitmentPushModelInstance,
 )
 from pynetdicom.status import STATUS_FAILURE, code_to_category
-from pynetdicom.transport import AddressInformation, AssociationSocket
 from sqlalchemy import Connection, Row, Select, delete, insert, null, or_, select, update
 
+from herald.calling import CallingEntity
 from herald.config import ReceiverConfig
 from herald.errors import ConfigError, HeraldError
 from herald.events import utc_now
@@ -315,7 +315,7 @@ class CommitmentService:
     @contextmanager
     def _association(self, peer: _Peer) -> Iterator[tuple[Any, str | None]]:
         """An association in which we are SCP (PS3.4 J.3.3), and why there is none."""
-        ae = _Caller(ae_title=self._config.ae_title)
+        ae = CallingEntity(ae_title=self._config.ae_title)
         ae.connection_timeout = self.CONNECT_S
         ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = self.REPLY_S
         try:
@@ -515,23 +515,6 @@ def _record_attempt(connection: Connection, commitment_id: int, error: str | Non
     if error is None:
         values["reported_at"] = utc_now()
     connection.execute(update(commitments).where(commitments.c.commitment_id == commitment_id).values(values))
-
-
-# --- associations of our own -----------------------------------------------------------------------------------------
-
-
-class _Socket(AssociationSocket):
-    """pynetdicom's, which forgets to close a connection whose other end is gone or was never there."""
-
-    def _shutdown_socket(self) -> None:
-        super()._shutdown_socket()
-        if self.socket is not None:
-            self.socket.close()
-
-
-class _Caller(AE):
-    def _create_socket(self, assoc: Association, address: AddressInformation, tls_args: object) -> AssociationSocket:
-        return _Socket(assoc, address=address)
 
 
 def _why_not(assoc: Association, peer: _Peer) -> str:

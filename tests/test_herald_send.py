@@ -1,13 +1,17 @@
 """The storage SCU: every file has its outcome."""
 
 import gc
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import MPEG4HP41, CTImageStorage, JPEG2000Lossless
+from pynetdicom.transport import AssociationSocket
 from receiver_fakes import config_under, ct_series, ct_slice, receiving
 
+from herald.calling import CallingEntity
 from herald.errors import ConfigError
 from herald.send import MOST_CONTEXTS, _by_contexts, _Item, send
 from herald.send import FileOutcome as Outcome
@@ -67,10 +71,9 @@ def test_a_syntax_that_the_receiver_does_not_take_is_named(tmp_path: Path) -> No
     assert "does not accept CT Image Storage in MPEG-4" in outcome.error
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pynetdicom forgets its socket
 def test_a_receiver_that_is_not_there_fails_every_file_with_what_to_do(tmp_path: Path) -> None:
     report = send(saved(tmp_path), "HERALD@127.0.0.1:1")
-    gc.collect()
+    gc.collect()  # a socket left open would be an error here
     assert len(report.failed) == 3
     assert all("cannot be reached; check host and port" in outcome.error for outcome in report.failed)
 
@@ -80,6 +83,37 @@ def test_a_refused_association_fails_every_file_with_the_reason(tmp_path: Path) 
         report = send(saved(tmp_path), f"HERALD@127.0.0.1:{receiver.port}", "STRANGER")
     assert all("Calling AE title not recognised" in outcome.error for outcome in report.failed)
     assert len(report.failed) == 3
+
+
+class LooksLate(threading.Event):
+    """What the asking thread waits for; it goes on only when the connection has been closed already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(timeout) and self.closed.wait(10.0)
+
+
+def test_a_refusal_that_has_come_and_gone_before_it_is_looked_for_is_told_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(self: AssociationSocket, original: Any = AssociationSocket.close) -> None:
+        original(self)
+        if isinstance(self._ready, LooksLate):
+            self._ready.closed.set()
+
+    def create(self: Any, *of: Any, original: Any = CallingEntity._create_socket) -> AssociationSocket:
+        connection: AssociationSocket = original(self, *of)
+        connection._ready = LooksLate()
+        return connection
+
+    monkeypatch.setattr(AssociationSocket, "close", close)
+    monkeypatch.setattr(CallingEntity, "_create_socket", create)
+    with receiving(config_under(tmp_path, allowed_senders=("CT1",))) as receiver:
+        report = send(saved(tmp_path), f"HERALD@127.0.0.1:{receiver.port}", "STRANGER")
+    assert ["Calling AE title not recognised" in outcome.error for outcome in report.failed] == [True] * 3
 
 
 @pytest.mark.parametrize("to", ["HERALD", "HERALD@host", "@host:1", "HERALD@host:99999", "TOO_LONG_FOR_AN_AE@h:1"])
