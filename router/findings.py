@@ -4,12 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herald.events import Finding
+from herald.outline import OUTLINED
 from herald.signatures import FINDINGS
 from herald.store import Prediction
 from herald.volume import Hounsfield, Placement, Slabs
-
-MASK_THRESHOLD = 128
-"""Mask value (probability x 255) from which a voxel counts as blood."""
 
 
 def findings(
@@ -25,7 +23,7 @@ def findings(
     """
     row_mm, column_mm = (spacing * placement.side / mask.shape[1] for spacing in slabs.volume.pixel_spacing_mm)
     voxel_ml = row_mm * column_mm * slabs.volume.slice_extents_mm / 1000  # (D,)
-    voxels = (mask >= MASK_THRESHOLD).sum(axis=(1, 2))  # (D, C)
+    voxels = (mask >= OUTLINED).sum(axis=(1, 2))  # (D, C)
     volume_ml = voxel_ml @ voxels  # (C,)
     found = []
     for channel, kind in enumerate(FINDINGS):

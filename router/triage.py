@@ -11,6 +11,7 @@ from herald.cranium import detector_view
 from herald.errors import StoreError
 from herald.events import SeriesReceived, SeriesTriaged, utc_now
 from herald.header import header_claim
+from herald.outline import outlined
 from herald.signatures import FINDINGS
 from herald.store import StudyStore
 from herald.volume import detection_input, protocol_batch, read_datasets, slabs, volume_from_datasets
@@ -62,7 +63,7 @@ def triage_series(
     thick = slabs(volume, config.slab_thickness_mm)
     seen, placement = detection_input(thick.volume)
     detected = client.detect_hemorrhage(detector_view(seen))
-    answer = (detected.mask, detected.slice_probability, detected.probability)
+    answer = (outlined(detected.mask), detected.slice_probability, detected.probability)
     store.write_prediction(
         received.study_instance_uid,
         received.series_instance_uid,

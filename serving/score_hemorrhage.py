@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from herald.discrimination import auc
 from herald.errors import ConfigError
+from herald.outline import OUTLINED, outlined
 from herald.signatures import FINDINGS
 from serving.crops import ALL_SETS, CROSS_VALIDATED, Prepared, prepare, read_labelled
 from serving.evaluation import auc_interval, dice, operating_point, platt, wilson
@@ -49,6 +50,7 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
             raw = raw_scores(model, pixels.volume)
             voxel, truth = raw["mask"][..., 0], (pixels.positive & 1) > 0
             known = (pixels.unknown & 1) == 0
+            found = np.stack([_outlined(voxel - offset) for offset in MASK_OFFSETS])
             np.savez(
                 out / f"{p.source}_{p.patient}.npz",
                 slice=raw["slice"],
@@ -56,10 +58,16 @@ def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) ->
                 slice_truth=p.slice_truth,
                 study_truth=p.study_truth,
                 child=p.child,
-                dice=np.stack([dice((voxel > offset) & known, truth & known) for offset in MASK_OFFSETS]),
+                dice=np.stack([dice(blood & known, truth & known) for blood in found]),
                 outlined=truth.any(axis=(1, 2)),
-                found=np.packbits(np.stack([voxel > offset for offset in MASK_OFFSETS]), axis=-1),
+                found=np.packbits(found, axis=-1),
             )
+
+
+def _outlined(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """What the node outlines of the voxel logits (D, N, N) of one kind, as they are served."""
+    mask = np.rint(expit(logits) * 255).astype(np.uint8)
+    return outlined(mask[..., None])[..., 0] >= OUTLINED
 
 
 def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -> NDArray[np.float64]:

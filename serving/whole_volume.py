@@ -133,9 +133,9 @@ def _projection(model: keras.Model, name: str) -> Callable[[tf.Tensor], tf.Tenso
 
 
 def _spread(kernel: NDArray[np.float32], bias: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """A 4x4 transposed convolution of stride 2 as a 3x3 one with four times the channels, pixel by pixel of each block.
+    """A 6x6 transposed convolution of stride 2 as a 3x3 one with four times the channels, pixel by pixel of each block.
 
-    Output row 2r + p takes input row r + i through kernel row p + 1 - 2i, for i from -1 to 1 where that is 0 to 3.
+    Output row 2r + p takes input row r + i through kernel row p + 2 - 2i, for i from -1 to 1.
     """
     _, _, filters, channels = kernel.shape
     spread = np.zeros((3, 3, channels, 2, 2, filters), np.float32)
@@ -143,7 +143,5 @@ def _spread(kernel: NDArray[np.float32], bias: NDArray[np.float32]) -> tuple[NDA
         for q in range(2):
             for i in range(-1, 2):
                 for j in range(-1, 2):
-                    row, column = p + 1 - 2 * i, q + 1 - 2 * j
-                    if 0 <= row < 4 and 0 <= column < 4:
-                        spread[i + 1, j + 1, :, p, q] = kernel[row, column].T
+                    spread[i + 1, j + 1, :, p, q] = kernel[p + 2 - 2 * i, q + 2 - 2 * j].T
     return spread.reshape(3, 3, channels, 4 * filters), np.tile(bias, 4)

@@ -17,8 +17,10 @@ from herald.config import RouterConfig, StoreConfig
 from herald.cranium import detector_view
 from herald.errors import StoreError
 from herald.events import SeriesTriaged
+from herald.outline import OUTLINED
 from herald.store import StudyStore
 from herald.volume import Volume, read_datasets
+from router.inference import HemorrhagePrediction
 from router.triage import triage_series
 from serving.dicom_writer import Origin, write_dicom_series
 
@@ -152,3 +154,19 @@ def test_the_model_sees_a_head_with_usual_cupping_and_the_reader_the_one_that_wa
     usual = detector_view(kept.hounsfield)
     assert (kept.hounsfield != usual).any()
     assert (shown[0] == usual).all()
+
+
+def test_a_doubtful_spot_beside_a_sure_one_is_neither_counted_nor_outlined_on_the_page(store: StudyStore) -> None:
+    class Doubtful(FixedModels):
+        def detect_hemorrhage(self, volume: Any) -> HemorrhagePrediction:
+            detected = super().detect_hemorrhage(volume)
+            detected.mask[0, 10:20, 10:20, 0] = 200
+            return detected
+
+    images = ct_series(10)
+    stored(store, images)
+    sure, doubtful = (triaged(store, images, models=kind(bleeds=True)) for kind in (FixedModels, Doubtful))
+    assert doubtful.findings[0].volume_ml == sure.findings[0].volume_ml > 0
+    kept = store.read_prediction(doubtful.study_instance_uid, doubtful.series_instance_uid, doubtful.revision)
+    assert not (kept.mask[0] >= OUTLINED).any()
+    assert (kept.mask[5] >= OUTLINED).any()

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from herald.discrimination import auc
 from herald.errors import ConfigError, SignatureMismatch
+from herald.outline import OUTLINED, outlined
 from herald.signatures import DETECTION_IN_PLANE, FINDINGS
 from herald.volume import Volume
 from serving import hemorrhage
@@ -572,6 +573,29 @@ def test_scores_of_other_weights_are_not_left_among_those_of_new_ones(tmp_path, 
     (tmp_path / "fold0" / "ct-ich_073.npz").touch()
     score(tmp_path / "a.weights.h5", [], tmp_path / "fold0", "scoring")
     assert not list((tmp_path / "fold0").iterdir())
+
+
+def test_the_outlines_that_are_measured_are_the_ones_that_the_node_draws(tmp_path, monkeypatch):
+    voxels = np.full((3, 32, 32, 5), -20.0, np.float32)
+    voxels[0, 2:6, 2:6], voxels[2, 20:26, 20:26] = 5.0, 0.1  # sure, and doubtful elsewhere
+    logits = np.zeros((3, 5), np.float32)
+    said = {"mask": voxels, "slice": logits, "pooled": logits}
+    truth = np.zeros((3, 32, 32), np.uint8)
+    truth[0, 2:6, 2:6], truth[2, 20:26, 20:26] = 1, 1
+    pixels = Pixels(np.zeros((3, 32, 32), np.int16), truth, np.zeros_like(truth), np.zeros_like(truth))
+    flags = np.zeros((3, 5), np.uint8)
+    monkeypatch.setattr("serving.score_hemorrhage.build", lambda: build(SMALL))
+    monkeypatch.setattr("serving.score_hemorrhage.raw_scores", lambda *_: said)
+    build(SMALL).save_weights(tmp_path / "a.weights.h5")
+    scored = Prepared("ct-ich", "049", flags, flags[0], False, lambda: pixels)
+    score(tmp_path / "a.weights.h5", [scored], tmp_path / "fold0", "scoring")
+    with np.load(tmp_path / "fold0" / "ct-ich_049.npz") as file:
+        at_half = MASK_OFFSETS.index(0.0)
+        np.testing.assert_array_equal(file["dice"][at_half, [0, 2]], [1.0, 0.0])
+        np.testing.assert_array_equal(
+            np.unpackbits(file["found"][at_half], axis=-1),
+            (outlined(np.rint(255 / (1 + np.exp(-voxels))).astype(np.uint8)) >= OUTLINED)[..., 0],
+        )
 
 
 def test_a_patient_scored_in_two_folds_is_refused_by_name(tmp_path):
