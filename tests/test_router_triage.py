@@ -163,7 +163,7 @@ def test_a_doubtful_spot_beside_a_sure_one_is_neither_counted_nor_outlined_on_th
             detected.mask[0, 10:20, 10:20, 0] = 200
             return detected
 
-    images = ct_series(10)
+    images = ct_series(10, PixelSpacing=[25.0, 25.0])  # 200 mm across
     stored(store, images)
     sure, doubtful = (triaged(store, images, models=kind(bleeds=True)) for kind in (FixedModels, Doubtful))
     assert doubtful.findings[0].volume_ml == sure.findings[0].volume_ml > 0
