@@ -24,11 +24,15 @@ def outlined(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     out = mask.copy()
     for kind in np.moveaxis(out, -1, 0):
-        likely, sure = kind >= OUTLINED, kind >= SURE
-        if not sure.any():
-            continue
+        for box in ndimage.find_objects((kind >= OUTLINED).view(np.uint8)):  # one around all of it, or none
+            _cut_doubtful(kind[box])
+    return out
+
+
+def _cut_doubtful(kind: NDArray[np.uint8]) -> None:
+    likely, sure = kind >= OUTLINED, kind >= SURE
+    if sure.any():
         spots, count = ndimage.label(likely, TOUCHING)
         kept = np.zeros(count + 1, np.bool_)
         kept[spots[sure]] = True
         kind[likely & ~kept[spots]] = OUTLINED - 1
-    return out
