@@ -1,6 +1,6 @@
 """Associations that we ask for: pynetdicom's, with two faults of its sockets mended."""
 
-from typing import Any
+from typing import Any, cast
 
 from pynetdicom import AE
 from pynetdicom.association import Association
@@ -16,23 +16,28 @@ class CallingEntity(AE):
         return connection
 
 
+def reached(association: Association) -> bool:
+    """Whether the other end of an association that a CallingEntity asked for was ever connected."""
+    return cast(_CallingSocket, association.dul.socket).reached
+
+
 class _CallingSocket(AssociationSocket):
     """The socket of one association that we ask for."""
 
-    _reached = False
+    reached = False
 
     @property
     def _is_connected(self) -> bool:
-        """Whether the other end was ever reached.
+        """`reached`, where pynetdicom's own goes back to False.
 
         pynetdicom looks here whether the connection failed, in another thread than the one that reads the answer; a
         connection that was refused and closed by then would count as never made, and the refusal would be lost.
         """
-        return self._reached
+        return self.reached
 
     @_is_connected.setter
     def _is_connected(self, connected: bool) -> None:
-        self._reached = self._reached or connected
+        self.reached = self.reached or connected
 
     def _shutdown_socket(self) -> None:
         """Close it also when its other end is gone or was never there."""

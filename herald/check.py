@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import requests
-from pynetdicom import AE
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
 
 from herald.bus import GROUPS, open_bus
+from herald.calling import CallingEntity
 from herald.config import Config
 from herald.errors import BusError, ChannelUnavailable, HeraldError, NotificationError, StoreFullError
 from herald.events import utc_now
@@ -62,7 +62,7 @@ def _receiver(config: Config) -> str:
         socket.create_connection((host, config.receiver.port), TIMEOUT_S).close()
     except OSError as error:
         raise ChannelUnavailable(f"{where} does not listen ({error}); start it with `herald run receiver`") from error
-    ae = AE(ae_title="HERALD-CHECK")
+    ae = CallingEntity(ae_title="HERALD-CHECK")
     ae.add_requested_context(Verification)
     ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = TIMEOUT_S
     assoc = ae.associate(host, config.receiver.port, ae_title=config.receiver.ae_title)

@@ -3,7 +3,6 @@
 import logging
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 from pynetdicom import AE, _config, evt
 from pynetdicom.presentation import build_context
 
-from herald.calling import CallingEntity
+from herald.calling import CallingEntity, reached
 from herald.errors import ConfigError, NotDicomError, StoreError
 from herald.instance import read_header
 
@@ -150,25 +149,19 @@ def _send_group(ae: AE, called: re.Match[str], group: list[_Item], settle: Calla
     """One association for files whose contexts fit into it."""
     needed = dict.fromkeys(item.context for item in group)
     where = called[0]
-    connected = threading.Event()
-
-    def opened(event: evt.Event) -> None:
-        connected.set()
-        _without_delay(event)
-
     assoc = ae.associate(
         called["host"].strip("[]"),
         int(called["port"]),
         contexts=[build_context(sop_class_uid, syntax) for sop_class_uid, syntax in needed],
         ae_title=called["ae_title"],
-        evt_handlers=[(evt.EVT_CONN_OPEN, opened)],
+        evt_handlers=[(evt.EVT_CONN_OPEN, _without_delay)],
     )
     try:
         for number, item in enumerate(group):
             if assoc.is_established:
                 outcome = _sent(assoc, item, number % 65535 + 1, where)
             else:
-                outcome = replace(item.outcome, error=f"not sent: {_why_not(assoc, item, where, connected.is_set())}")
+                outcome = replace(item.outcome, error=f"not sent: {_why_not(assoc, item, where)}")
             settle(item.index, outcome)
     finally:
         if assoc.is_established:
@@ -203,8 +196,8 @@ def _sent(assoc: Any, item: _Item, message_id: int, where: str) -> FileOutcome:
     return replace(outcome, error=f"refused with 0x{status:04X}: {comment}")
 
 
-def _why_not(assoc: Any, item: _Item, where: str, connected: bool) -> str:
-    if not connected:
+def _why_not(assoc: Any, item: _Item, where: str) -> str:
+    if not reached(assoc):
         return f"{where} cannot be reached; check host and port, and that it runs"
     if assoc.is_rejected:
         answer = assoc.acceptor.primitive

@@ -31,7 +31,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from pynetdicom.status import STATUS_FAILURE, code_to_category
 from sqlalchemy import Connection, Row, Select, delete, insert, null, or_, select, update
 
-from herald.calling import CallingEntity
+from herald.calling import CallingEntity, reached
 from herald.config import ReceiverConfig
 from herald.errors import ConfigError, HeraldError
 from herald.events import utc_now
@@ -523,7 +523,7 @@ def _why_not(assoc: Association, peer: _Peer) -> str:
         return f"it refuses our association: {answered.reason_str if answered is not None else 'no reason given'}"
     if assoc.rejected_contexts:
         return "it does not take storage commitment reports from us as SCP"
-    return f"{peer.host}:{peer.port} cannot be reached or aborts our association"
+    return f"{peer.host}:{peer.port} {'aborts our association' if reached(assoc) else 'cannot be reached'}"
 
 
 # --- DICOM -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real_data import DATA, needs_real_data
 from receiver_fakes import config_under, ct_series, receiving
 from typer.testing import CliRunner
 
@@ -12,9 +13,6 @@ from herald.cli import app
 from herald.errors import ConfigError
 from herald.volume import read_datasets, volume_from_datasets
 from serving.readers import SETS, named_patients
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent: the real CT data are not here")
 
 
 def sent(what: str, port: int) -> tuple[int, dict[str, list[str]]]:
@@ -37,7 +35,7 @@ def test_a_folder_of_files_is_sent_and_each_is_told(tmp_path: Path) -> None:
     assert list(told["failed"]) == [str(folder / "notes.txt")]
 
 
-@real_data
+@needs_real_data
 @pytest.mark.parametrize("what", ["ct-ich-v1:051", "phe-sich:0002"])
 def test_a_patient_of_a_public_set_arrives_as_one_series_and_again_as_the_same(tmp_path: Path, what: str) -> None:
     with receiving(config_under(tmp_path)) as receiver:

@@ -1,7 +1,6 @@
 """The header that places an instance: the walk through bytes in memory says what pydicom says."""
 
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,12 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from real_data import DATA, needs_real_data
 from receiver_fakes import ct_slice
 
 from herald.errors import NotDicomError
 from herald.instance import Head, read_head
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 
 
@@ -98,7 +97,7 @@ def test_damaged_bytes_never_give_another_instance_than_pydicom_reads(data: st.D
         assert walked.end == read.end or None in (walked.end, read.end)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")
+@needs_real_data
 def test_real_headers_read_alike() -> None:
     files = [path for name in ("ge-head", "philips-phantom") for path in (DATA / name).rglob("*") if path.is_file()]
     compared = 0

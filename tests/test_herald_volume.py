@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import EnhancedCTImageStorage, ExplicitVRLittleEndian
+from real_data import DATA, needs_real_data
 
 from herald.errors import NotDicomError, PixelDataError, VolumeError
 from herald.volume import (
@@ -26,15 +27,11 @@ from herald.volume import (
 )
 from serving.dicom_writer import Origin, write_dicom_series
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 SIDE = 64
 
 
 def real(folder: str) -> list[Path]:
-    path = DATA / folder
-    if not path.is_dir():
-        pytest.skip(f"no real CT at ../shared/data/{folder}")
-    return sorted(p for p in path.iterdir() if p.is_file())
+    return sorted(p for p in (DATA / folder).iterdir() if p.is_file())
 
 
 def numbered(count: int, spacing_mm: float = 5.0) -> Volume:
@@ -202,6 +199,7 @@ def test_a_file_that_is_not_dicom_is_named(tmp_path: Path) -> None:
         read_datasets([path])
 
 
+@needs_real_data
 def test_the_real_head_has_its_tilt_and_its_two_spacings_noted() -> None:
     volume = volume_from_datasets(read_datasets(real("ge-head")))
     assert volume.slice_count == 28
@@ -209,6 +207,7 @@ def test_the_real_head_has_its_tilt_and_its_two_spacings_noted() -> None:
     assert any("uneven spacing: 4.0 mm usual, up to 7.0 mm" in note for note in volume.notes)
 
 
+@needs_real_data
 def test_a_real_localizer_lies_in_another_plane() -> None:
     assert volume_from_datasets(read_datasets(real("philips-phantom/localizer"))).orientation != "axial"
 

@@ -1,25 +1,21 @@
 """What the detector is shown of every real bleeding and healthy head of CT-ICH."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from real_data import DATA, needs_real_data
 
 from herald.cranium import USUAL, cavity_depth, cupping, detector_view
 from herald.volume import AIR_HOUNSFIELD, detection_input, slabs
 from serving.readers import SETS
 
 FOLDER, PATIENTS, READ = SETS["ct-ich"]
-DATA = Path(__file__).parent.parent.parent / "shared" / "data" / FOLDER
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [needs_real_data, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def heads() -> list[tuple[np.ndarray, np.ndarray]]:
     """Each head as it is cut out, and which of its slices bleed."""
-    if not DATA.is_dir():
-        pytest.skip("no real CT at ../shared/data")
-    labelled = [READ(DATA, name) for name in PATIENTS(DATA)]
+    labelled = [READ(DATA / FOLDER, name) for name in PATIENTS(DATA / FOLDER)]
     return [(detection_input(slabs(one.volume).volume)[0], one.slice_truth[:, 0] == 1) for one in labelled]
 
 

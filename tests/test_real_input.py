@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 from pydicom import dcmread
 from pydicom.uid import generate_uid
+from real_data import DATA, needs_real_data
 
 from serving.dicom_writer import Origin, seeded_uid, write_dicom_series
 from serving.public_sets import read_cranium
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 SERIES = ("ge-head", "philips-phantom/localizer", "philips-phantom/soft-5mm", "philips-phantom/bone-1mm", "lidc-body")
 SCREENS = "philips-phantom/exam-summary"
 TELLING = ("ConvolutionKernel", "ContrastBolusAgent", "BodyPartExamined", "SeriesDescription", "ProtocolName")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [needs_real_data, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the demonstration says of every real series, by folder name; `NAME blank` is the copy without headers."""
-    if not DATA.is_dir():
-        pytest.skip("no real CT at ../shared/data")
     folder = tmp_path_factory.mktemp("real")
     names = {}
     for series in (*SERIES, SCREENS):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from real_data import DATA, needs_real_data
 from receiver_fakes import ListBus, config_under, ct_series, ct_slice, receiving, send_all
 
 from herald.errors import StoreError
@@ -15,7 +16,6 @@ from receiver.assembly import QUIET, RELEASED_AND_EVEN, RELEASED_AND_NOT_A_STACK
 from receiver.geometry import is_even
 from receiver.settle import Settling
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 KEY = ("1.2.3", "1.2.3.4")
 
 
@@ -146,7 +146,7 @@ def test_any_even_stack_is_even_and_with_any_inner_slice_missing_it_is_not(
     assert not is_even(planes(positions[:missing] + positions[missing + 1 :]), 4)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")
+@needs_real_data
 @pytest.mark.parametrize(
     ("folder", "joints"),
     [("ge-head", {13}), ("lidc-body", set()), ("philips-phantom/soft-5mm", set()), ("philips-phantom/bone-1mm", set())],

@@ -626,6 +626,7 @@ def test_a_peer_that_is_not_a_dicom_node_holds_up_no_other(tmp_path: Path) -> No
             with sender(port, Reports(), calling="MUTE") as assoc:
                 assert ask(assoc, request_for((CTImageStorage, generate_uid()))) == 0x0000
             eventually(lambda: running.rows()[0].attempts >= 1)
+            assert "aborts our association" in running.rows()[0].error
             with sender(port, Reports()) as assoc:
                 assert ask(assoc, asked) == 0x0000
             assert reports.next()[1] == asked.TransactionUID

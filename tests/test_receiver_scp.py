@@ -33,6 +33,7 @@ from pydicom.uid import (
 from pynetdicom import evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import ModalityPerformedProcedureStep, StorageCommitmentPushModel
+from real_data import DATA, needs_real_data
 from receiver_fakes import ListBus, Receiver, association, config_under, ct_series, ct_slice, receiving, send_all
 from receiver_faults import ReceiverProcess, data_set_bytes, dcmtk, encoded
 from sqlalchemy import func, select
@@ -49,9 +50,6 @@ from herald.send import send
 from receiver.scp import TRANSFER_SYNTAXES
 from receiver.service import remove_leftovers
 from receiver.statuses import StoreStatus
-
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="../shared/data is absent")
 
 
 def rows_of(receiver: Receiver, table: Any) -> list[Any]:
@@ -437,7 +435,7 @@ def test_dcmtk_storescu_sends_a_series(tmp_path: Path) -> None:
         assert (event.instance_count, event.close_reason, event.calling_ae_title) == (12, "released-and-even", "DCMTK")
 
 
-@needs_data
+@needs_real_data
 def test_the_tilted_head_with_mixed_gaps_closes_about_a_second_after_its_release(tmp_path: Path) -> None:
     files = sorted((DATA / "ge-head").glob("*.dcm"))
     with receiving(config_under(tmp_path, settle_s=0.7)) as receiver:
@@ -451,7 +449,7 @@ def test_the_tilted_head_with_mixed_gaps_closes_about_a_second_after_its_release
             assert data_set_bytes(stored / f"{uid}.dcm") == data_set_bytes(path)
 
 
-@needs_data
+@needs_real_data
 def test_a_whole_study_gives_one_event_per_series(tmp_path: Path) -> None:
     files = sorted(path for path in (DATA / "philips-phantom").rglob("*") if path.is_file())
     with receiving(config_under(tmp_path, settle_s=0.3)) as receiver:

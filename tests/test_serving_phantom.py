@@ -11,6 +11,7 @@ from ct_image_iod import faults
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from real_data import needs_real_data
 from scipy import ndimage
 
 from herald.signatures import FINDINGS, HEADS
@@ -32,7 +33,6 @@ from serving.phantom import (
 from serving.phantom.anatomy import (
     HEAD_ORIGIN,
     HEAD_SHAPE,
-    VESSELS,
     Build,
     Subject,
     atlas,
@@ -236,7 +236,7 @@ def test_contrast_fills_arteries_and_is_labelled(plain: Subject) -> None:
     assert np.median(enhanced.hounsfield[arteries]) > 150
 
 
-@pytest.mark.skipif(not VESSELS.is_file(), reason="../shared/data is absent: the vessels of a real head are not here")
+@needs_real_data
 def test_the_vessels_of_a_real_head_lie_in_the_cranial_cavity_of_the_atlas() -> None:
     tree = vessel_tree()
     assert tree is not None

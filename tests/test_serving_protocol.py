@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from real_data import DATA, needs_real_data
 
 from herald.errors import ConfigError, SignatureMismatch
 from herald.heads import Head
@@ -17,8 +18,6 @@ from serving.phantom import simulate
 from serving.protocol_samples import BATCH, Sample, Source, finish, fit_to_atlas
 from serving.score_protocol import DICOM_SERIES
 from serving.train import main as train_main
-
-DATA = Path("../shared/data")
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +97,12 @@ def test_softmaxes_sum_to_one_whatever_the_input(trained: "keras.Model") -> None
         assert np.asarray(softmax).sum(axis=1) == pytest.approx(1.0, abs=1e-4)
 
 
+@needs_real_data
 @pytest.mark.parametrize(("name", "labels"), DICOM_SERIES.items())
 def test_real_series_that_training_never_saw_are_recognised(
     trained: "keras.Model", name: str, labels: Mapping[str, str]
 ) -> None:
     files = sorted((DATA / name).glob("*.dcm"))
-    if not files:
-        pytest.skip(f"{DATA / name} is absent")
     decided = decide(trained, protocol_batch(volume_from_datasets(read_datasets(files))))
     assert {head: decided[head][0] for head in labels} == dict(labels)
 

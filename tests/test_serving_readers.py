@@ -5,6 +5,7 @@ import pytest
 from ct_image_iod import faults
 from PIL import Image
 from pydicom import dcmread
+from real_data import DATA, needs_real_data
 
 from herald.errors import ConfigError
 from herald.signatures import FINDINGS
@@ -22,9 +23,6 @@ from serving.readers import (
     write_patient,
 )
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent: the real CT data are not here")
-
 
 def test_the_brain_window_is_used_where_it_is_not_saturated_and_the_bone_window_elsewhere():
     brain = np.array([[0, 0, 128, 255, 255]], dtype=np.uint8)
@@ -40,7 +38,7 @@ def test_fused_units_never_contradict_the_saturated_brain_window():
     assert bone_side >= 100
 
 
-@real_data
+@needs_real_data
 def test_ct_ich_gives_the_brain_the_units_of_the_same_slices_in_dicom():
     for name in ("049_21", "066_19", "080_19"):
         patient, number = name.split("_")
@@ -50,7 +48,7 @@ def test_ct_ich_gives_the_brain_the_units_of_the_same_slices_in_dicom():
         assert medians[0] == pytest.approx(medians[1], abs=1.5)
 
 
-@real_data
+@needs_real_data
 def test_ct_ich_masks_lie_in_positive_slices_and_carry_their_kind():
     labelled = read_ct_ich(DATA / "ct-ich-v1", "066")
     any_, edh_sdh = FINDINGS.index("any"), FINDINGS.index("edh_sdh")
@@ -63,7 +61,7 @@ def test_ct_ich_masks_lie_in_positive_slices_and_carry_their_kind():
     assert labelled.child
 
 
-@real_data
+@needs_real_data
 def test_which_of_two_kinds_a_voxel_is_stays_unknown():
     labelled = read_ct_ich(DATA / "ct-ich-v1", "076")
     both = (labelled.slice_truth[:, 1:] == 1).sum(axis=1) > 1
@@ -74,7 +72,7 @@ def test_which_of_two_kinds_a_voxel_is_stays_unknown():
     assert set(np.unique(truth[~blood][:, 1:])) == {0}
 
 
-@real_data
+@needs_real_data
 def test_ct_ich_slices_ascend_from_the_skull_base_to_the_vertex_with_the_face_on_top():
     hounsfield = read_ct_ich(DATA / "ct-ich-v1", "054").volume.hounsfield
     soft = (hounsfield > -300).sum(axis=(1, 2))
@@ -131,7 +129,7 @@ def test_a_boxed_slice_without_a_clot_mask_teaches_no_voxel(phe_sich: Path):
     assert (truth[0] == 0).all()
 
 
-@real_data
+@needs_real_data
 def test_both_sets_list_their_patients():
     assert len(ct_ich_patients(DATA / "ct-ich-v1")) == 41
     assert len(phe_sich_patients(DATA / "phe-sich")) == 60
