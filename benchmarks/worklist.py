@@ -279,7 +279,11 @@ def processor_s(process: int) -> float:
 
 def measure_addresses(url: str, server: int, results_count: int, count: int) -> dict[str, dict[str, float]]:
     http = logged_in(url)
-    known = {"day": (utc_now() - timedelta(days=3)).date(), "last": -(-results_count // record.PAGE_SIZE)}
+    half_way = utc_now() - EVERY * (results_count // 2)
+    known = {
+        "day": max(utc_now() - timedelta(days=3), half_way).date(),
+        "last": -(-results_count // record.PAGE_SIZE),
+    }
 
     def ask(address: str) -> None:
         answer = http.get(url + address, timeout=60)

@@ -432,22 +432,6 @@ class Placement:
     side: int
     matrix: tuple[int, int]
 
-    def to_matrix(self, plane: NDArray[np.generic]) -> NDArray[np.float32]:
-        """Put model output (..., N, N) back on the original matrix: (..., H, W), zero outside the square."""
-        rows, columns = self.matrix
-        lead, seen = plane.shape[:-2], plane.shape[-1]
-        out = np.zeros((*lead, rows, columns), dtype=np.float32)
-        r0, r1 = max(self.top, 0), min(self.top + self.side, rows)
-        c0, c1 = max(self.left, 0), min(self.left + self.side, columns)
-        row = (np.arange(r0, r1) + 0.5 - self.top) * seen / self.side - 0.5
-        column = (np.arange(c0, c1) + 0.5 - self.left) * seen / self.side - 0.5
-        grid = np.meshgrid(row, column, indexing="ij")
-        for index in np.ndindex(lead):
-            out[(*index, slice(r0, r1), slice(c0, c1))] = ndimage.map_coordinates(
-                plane[index].astype(np.float32), grid, order=1, mode="nearest"
-            )
-        return out
-
 
 def detection_input(volume: Volume) -> tuple[Hounsfield, Placement]:
     """Cut out a square around the head, at one size: (D, N, N) int16 for N of DETECTION_IN_PLANE.

@@ -102,9 +102,11 @@ def _kind(error: ServingError) -> str:
 
 
 def _log_models(client: InferenceClient) -> None:
-    """Say at the start whether the models are there and right; series that come meanwhile wait on the bus."""
+    """Say at the start whether the models are there and right; `router.vital` tells of a server that stays away."""
     try:
         client.check()
         log.info("the model server has both models with the expected signatures")
+    except ServingUnavailable as error:  # it may have been started at the same time, and is loading them
+        log.info("series wait until the models are loaded: %s", error)
     except ServingError as error:
         log.warning("%s", error)
