@@ -159,18 +159,17 @@ def sensitivity_threshold(scores: Scores, truth: Truth, sensitivity: float) -> f
 
 
 def operating_point(scores: Scores, truth: Truth, sensitivity: float, specificity: float) -> float:
-    """The threshold that reaches `sensitivity`, or the lowest that keeps `specificity` where both cannot be had.
+    """The threshold that reaches `sensitivity`, or finds the most that `specificity` allows where both cannot be had.
 
-    The latter lies halfway to the next score above, so that it does not hang on a single study.
+    Of thresholds that find as many it is the one that spares most of the others, as `sensitivity_threshold` puts it.
     """
     negatives = np.sort(scores[~truth])
     allowed = int(np.floor((1 - specificity) * len(negatives) + 1e-9))  # false positives
-    edge = -np.inf
-    if len(negatives):
-        highest = float(negatives[-allowed - 1])
-        above = scores[scores > highest]
-        edge = (highest + float(above.min())) / 2 if len(above) else highest + 1e-3
-    return max(sensitivity_threshold(scores, truth, sensitivity), edge) if truth.any() else float(negatives[-1]) + 1e-3
+    spared = float(negatives[-allowed - 1]) if allowed < len(negatives) else -np.inf
+    findable = int((scores[truth] > spared).sum())
+    if not findable:
+        return float(scores.max()) + 1e-3
+    return sensitivity_threshold(scores, truth, min(sensitivity, findable / int(truth.sum())))
 
 
 def platt(scores: Scores, truth: Truth) -> tuple[float, float]:

@@ -5,7 +5,7 @@
     --fold K ...  go on with CT-ICH without the patients of these folds, one model each, and score them
     --all         go on with every patient of CT-ICH, and score these     (serving/weights/hemorrhage.weights.h5)
                   weights on what nobody learned from (--score-shipped: only that)
-    --score K ... only score these folds, with their weights, ours of --folds 3 where none were trained here
+    --score K ... only score these folds, with their weights, ours of --folds 6 where none were trained here
     --evaluate    pool the scores of the folds, calibrate, measure        (serving/weights/hemorrhage.json)
                   and report them with pictures, never to be committed    (--report, .work/hemorrhage/report.html)
     --sets A B    measure how well two sets can be told apart, and whether the detector's score does

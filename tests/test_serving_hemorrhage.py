@@ -485,11 +485,17 @@ def test_the_operating_point_reaches_the_sensitivity_asked_for_and_no_more():
 def test_the_operating_point_gives_up_sensitivity_where_too_many_healthy_would_be_paged():
     scores = np.array([9.0, 8.0, 0.0, *np.arange(1.0, 6.0)])
     truth = np.array([True] * 3 + [False] * 5)
-    threshold = operating_point(scores, truth, sensitivity=0.95, specificity=0.8)
-    assert ((scores >= threshold) & ~truth).sum() == 1
-    assert ((scores >= threshold) & truth).sum() == 2
-    assert operating_point(scores, truth, sensitivity=0.6, specificity=0.8) > 5
+    assert operating_point(scores, truth, sensitivity=0.95, specificity=0.8) == 6.5  # the third would cost all five
+    assert operating_point(scores, truth, sensitivity=0.95, specificity=0.0) < 0
+    assert operating_point(scores, truth, sensitivity=0.6, specificity=0.8) == 6.5
     assert operating_point(scores[3:], truth[3:], 0.95, 0.8) > 5
+
+
+def test_of_operating_points_that_find_as_many_the_one_that_spares_most_is_taken():
+    scores = np.array([9.0, 3.5, 0.0, *np.arange(1.0, 6.0)])
+    truth = np.array([True] * 3 + [False] * 5)
+    chosen = [operating_point(scores, truth, 0.95, specificity) for specificity in (0.2, 0.6, 0.8)]
+    assert chosen == [3.25, 3.25, 7.0]  # 1.5 would find no more than 3.25 does, and 4.5 no more than 7
 
 
 def test_platt_scaling_recovers_the_slope():
@@ -594,6 +600,14 @@ def test_the_outlines_that_are_measured_are_the_ones_that_the_node_draws(tmp_pat
         assert np.unpackbits(file["found"][at_half], axis=-1).sum(axis=(1, 2)).tolist() == [16, 0, 0]
 
 
+def test_a_fold_of_six_keeps_aside_only_whom_a_fold_of_three_did_so_that_its_training_may_go_on_from_there():
+    people = [patient(f"{i:03d}", 1 if i % 5 < 2 else None, "ct-ich") for i in range(41)]
+    for fold in range(6):
+        six, three = ({identity(p) for p in split(people, fold % folds, folds)[1]} for folds in (6, 3))
+        assert six
+        assert six < three
+
+
 def test_a_patient_scored_in_two_folds_is_refused_by_name(tmp_path):
     for fold in (0, 1):
         (tmp_path / f"fold{fold}").mkdir()
@@ -625,8 +639,8 @@ def test_sets_are_compared_with_weights_that_never_saw_who_is_kept_aside(tmp_pat
     monkeypatch.setattr("serving.train_hemorrhage.load_patients", lambda data, work, source: [])
     monkeypatch.setattr("serving.train_hemorrhage.load", asked.append)
     monkeypatch.setattr("serving.train_hemorrhage.compare", lambda *_: {})
-    main(["--sets", "ct-ich", "phe-sich", "--folds", "3", "--work", str(tmp_path)])
-    assert asked == [WEIGHTS.parent / "of_3_folds" / str(DETECTION_IN_PLANE) / "fold0.weights.h5"]
+    main(["--sets", "ct-ich", "phe-sich", "--folds", "6", "--work", str(tmp_path)])
+    assert asked == [WEIGHTS.parent / "of_6_folds" / str(DETECTION_IN_PLANE) / "fold0.weights.h5"]
 
 
 def test_scores_of_folds_dealt_out_differently_are_not_pooled(tmp_path):
