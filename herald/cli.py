@@ -22,7 +22,7 @@ from rich.table import Table
 from herald import __version__
 from herald.config import Config, load_config
 from herald.errors import ConfigError, HeraldError
-from herald.node import EXIT_CONFIG, SERVICES, Supervisor, run_service
+from herald.node import EXIT_CONFIG, SERVICES, Supervisor, run_service, stop_at_signals
 
 if TYPE_CHECKING:
     from herald.ledger import Ledger
@@ -87,8 +87,7 @@ def run(
 
     configure_logging("node", config.node.log_level)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop_at_signals(stop)
     Supervisor(config, names).run(stop)
 
 

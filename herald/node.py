@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,12 +42,30 @@ EXIT_CONFIG = 78
 """sysexits EX_CONFIG: starting again would not help."""
 
 
+def stop_at_signals(stop: threading.Event) -> None:
+    """Let SIGTERM and SIGINT set `stop`; for the main thread.
+
+    By a thread that reads what Python writes when a signal comes. Python calls a handler only between two steps of the
+    main thread: a signal that comes just before that begins to wait would be seen when the next one comes.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def wait() -> None:
+        while reader.recv(1):
+            stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer.detach())
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
 def run_service(name: str, config: Config) -> int:
     """Run one service in this process until a signal, or until the supervisor goes; returns the exit status."""
     configure_logging(name, config.node.log_level)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop_at_signals(stop)
     if os.environ.get(SUPERVISED):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the supervisor decides
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), name="supervisor-watch", daemon=True).start()

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import struct
@@ -69,7 +70,8 @@ class ReceiverProcess:
         waits = {"RECEIVER__QUIET_S": "2", "RECEIVER__SETTLE_S": "0.2"}
         place = {"NODE__DATA_DIR": str(folder), "RECEIVER__HOST": "127.0.0.1", "RECEIVER__PORT": str(self.port)}
         own = {"STORE__MIN_FREE_GB": "0", **place, **waits, **settings}
-        self._environment = {**os.environ, **{f"HERALD_{name}": value for name, value in own.items()}}
+        own = {f"HERALD_{name}": value for name, value in own.items()}
+        self._environment = {**os.environ, "PYTHONFAULTHANDLER": "1", **own}
         self._environment.pop("HERALD_SUPERVISED", None)
         self._prefix = list(prefix)
         self._output = folder / "receiver.txt"
@@ -93,7 +95,12 @@ class ReceiverProcess:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        return self.process.wait(20.0)
+        try:
+            return self.process.wait(20.0)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # faulthandler tells what every thread was at
+            self.process.wait(20.0)
+            raise AssertionError(f"signal {number} does not end it:\n{self.log}") from None
 
     @property
     def log(self) -> str:

@@ -74,6 +74,28 @@ def test_a_termination_signal_ends_every_service_and_the_node(node: psutil.Proce
     assert alive == []
 
 
+WAITING = """
+import signal, threading
+from herald.node import stop_at_signals
+stop = threading.Event()
+stop_at_signals(stop)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # of this thread: it is not woken
+print("waiting", flush=True)
+stop.wait()
+"""
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_is_seen_all_the_same() -> None:
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.terminate()
+        try:
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+
+
 def test_no_service_outlives_a_supervisor_that_was_killed(node: psutil.Process) -> None:
     until(lambda: len(services(node)) == 2, "both services start")
     running = list(services(node).values())

@@ -3,13 +3,16 @@
 import gc
 import threading
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import MPEG4HP41, CTImageStorage, JPEG2000Lossless
+from pynetdicom.dimse import DIMSEServiceProvider
 from pynetdicom.transport import AssociationSocket
 from receiver_fakes import config_under, ct_series, ct_slice, receiving
+from served_models import eventually
 
 from herald.calling import CallingEntity
 from herald.errors import ConfigError
@@ -114,6 +117,49 @@ def test_a_refusal_that_has_come_and_gone_before_it_is_looked_for_is_told_all_th
     with receiving(config_under(tmp_path, allowed_senders=("CT1",))) as receiver:
         report = send(saved(tmp_path), f"HERALD@127.0.0.1:{receiver.port}", "STRANGER")
     assert ["Calling AE title not recognised" in outcome.error for outcome in report.failed] == [True] * 3
+
+
+class Overtaking(threading.Event):
+    """Where the thread of an association waits its turn; it is slow to go on, and then first to see the answer."""
+
+    def __init__(self, answers: Queue[Any]) -> None:
+        super().__init__()
+        self.answers = answers
+        self.slow, self.looked = threading.Event(), threading.Event()
+        self.set()
+
+    def clear(self) -> None:
+        assert self.slow.wait(10.0)
+        super().clear()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.slow.is_set():
+            self.looked.set()
+        its_turn = super().wait(timeout)
+        if not self.slow.is_set():
+            self.slow.set()
+            eventually(lambda: not self.answers.empty())
+        return its_turn
+
+
+def test_an_answer_that_the_other_thread_of_the_association_takes_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(self: Any, assoc: Any, *of: Any, original: Any = CallingEntity._create_socket) -> AssociationSocket:
+        assoc._reactor_checkpoint = Overtaking(assoc.dimse.msg_queue)
+        connection: AssociationSocket = original(self, assoc, *of)
+        return connection
+
+    def get_msg(self: Any, block: bool = False, original: Any = DIMSEServiceProvider.get_msg) -> Any:
+        if block and isinstance(self.assoc._reactor_checkpoint, Overtaking):
+            assert self.assoc._reactor_checkpoint.looked.wait(10.0)
+        return original(self, block)
+
+    monkeypatch.setattr(CallingEntity, "_create_socket", create)
+    monkeypatch.setattr(DIMSEServiceProvider, "get_msg", get_msg)
+    with receiving(config_under(tmp_path)) as receiver:
+        report = send(saved(tmp_path), f"HERALD@127.0.0.1:{receiver.port}", timeout_s=10.0)
+    assert report.failed == ()
 
 
 @pytest.mark.parametrize("to", ["HERALD", "HERALD@host", "@host:1", "HERALD@host:99999", "TOO_LONG_FOR_AN_AE@h:1"])
