@@ -12,13 +12,14 @@ class CallingEntity(AE):
     """An application entity to associate from: refusals are told as such, answers arrive, and no socket stays open."""
 
     def _create_socket(self, assoc: Association, address: AddressInformation, tls_args: Any) -> AssociationSocket:
-        assoc._serve_request = partial(_serve_request, assoc, assoc._serve_request)  # type: ignore[method-assign]
+        # AE makes its associations itself and takes no class for them
+        assoc._serve_request = partial(_leave_answers, assoc, assoc._serve_request)  # type: ignore[method-assign]
         connection = _CallingSocket(assoc, address=address)
         connection.tls_args = tls_args
         return connection
 
 
-def _serve_request(association: Association, serve: Any, message: Any, context_id: int) -> None:
+def _leave_answers(association: Association, serve: Any, message: Any, context_id: int) -> None:
     """Leave an answer to the thread that waits for it.
 
     pynetdicom's own thread of an association is to pause while another one asks and waits, but may take the answer if

@@ -107,6 +107,6 @@ def _log_models(client: InferenceClient) -> None:
         client.check()
         log.info("the model server has both models with the expected signatures")
     except ServingUnavailable as error:  # it may have been started at the same time, and is loading them
-        log.info("series wait until the models are loaded: %s", error)
+        log.info("series wait for the models: %s", error)
     except ServingError as error:
         log.warning("%s", error)

@@ -765,6 +765,7 @@ import herald.bus
 from herald.bus import handle, open_bus
 from herald.config import BusConfig
 from herald.events import SeriesReceived
+from herald.node import stop_at_signals
 
 def hang(event):
     print(event.series_instance_uid, flush=True)
@@ -784,7 +785,7 @@ def forgive(delivery):
 
 herald.bus._kept_alive.EVERY_S = 0.2
 stop = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: stop.set())
+stop_at_signals(stop)
 config = BusConfig(url=sys.argv[1], most_attempts=2)
 bus = open_bus(config)
 forgive_delivery, bus.forgive = bus.forgive, forgive

@@ -2,15 +2,14 @@
 
 import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-from grpc import StatusCode
 from router_fakes import received
 from served_models import eventually
 
@@ -18,7 +17,6 @@ from herald.bus import open_bus
 from herald.config import BusConfig, Config, LedgerConfig, RouterConfig, StoreConfig
 from herald.events import SeriesTriaged
 from router.service import GROUP, serve
-from serving.stubs import prediction_service_pb2_grpc
 
 
 def config_under(folder: Path) -> Config:
@@ -30,31 +28,32 @@ def config_under(folder: Path) -> Config:
     )
 
 
-@pytest.mark.parametrize(
-    ("code", "level"), [(StatusCode.UNAVAILABLE, logging.INFO), (StatusCode.INVALID_ARGUMENT, logging.WARNING)]
-)
-def test_models_that_are_still_loading_are_no_warning_at_the_start_but_a_server_that_refuses_is(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, code: StatusCode, level: int
-) -> None:
-    class Refusing(prediction_service_pb2_grpc.PredictionServiceServicer):
-        def GetModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-            context.abort(code, "not now")
-
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """The address of a server that has nothing of what a model server has."""
     server = grpc.server(ThreadPoolExecutor(2))
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(Refusing(), server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    config = replace(config_under(tmp_path), router=RouterConfig(serving_address=address))
+    yield address
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize(("there", "level"), [(False, logging.INFO), (True, logging.WARNING)])
+def test_a_model_server_that_is_not_there_yet_is_no_warning_at_the_start_but_one_that_refuses_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, refusing: str, there: bool, level: int
+) -> None:
+    config = config_under(tmp_path)
+    if there:
+        config = replace(config, router=RouterConfig(serving_address=refusing))
     stop = threading.Event()
+    thread = threading.Thread(target=serve, args=(config, stop))
     with caplog.at_level(logging.INFO, "router.service"):
-        thread = threading.Thread(target=serve, args=(config, stop))
         thread.start()
-        eventually(lambda: "not now" in caplog.text)
+        eventually(lambda: "for model protocol" in caplog.text)
         stop.set()
         thread.join(30)
-    server.stop(None).wait()
     assert not thread.is_alive()
-    assert [record.levelno for record in caplog.records if "not now" in record.message] == [level]
+    assert [record.levelno for record in caplog.records if "for model protocol" in record.message] == [level]
 
 
 def test_a_series_that_ends_the_router_each_time_is_failed_and_says_what_to_do(tmp_path: Path) -> None:
