@@ -29,13 +29,13 @@ demo: models  ## Run the whole node, send it two simulated head CT studies, show
 	@$(MAKE) -s viewer || echo "The volume viewer could not be built (see above): the series page shows PNG slices."
 	$(BIN)/herald demo
 
-tools:  ## Install what the tests need beside Python: Kafka's Java, PostgreSQL, Chromium, dcmtk
-	bash deploy/setup-tools.sh
+tools: setup  ## Install what the tests need beside Python: Kafka's Java, PostgreSQL, Chromium, dcmtk
+	bash deploy/setup-tools.sh $(BIN)/playwright
 
 test: models tools viewer  ## Set everything up and pass the whole test suite
 	$(BIN)/pytest
 
-faults: setup tools  ## The long versions of the fault injection and the fuzzing of the receiver (a quarter of an hour)
+faults: tools  ## The long versions of the fault injection and the fuzzing of the receiver (a quarter of an hour)
 	HERALD_FAULTS=long $(BIN)/pytest -s tests/test_receiver_faults.py tests/test_receiver_fuzz.py tests/test_receiver_input.py
 
 lint: setup  ## ruff and mypy
@@ -43,7 +43,7 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-kafka: setup tools  ## Run a real Kafka broker on 127.0.0.1:9092 (Ctrl-C stops it)
+kafka: tools  ## Run a real Kafka broker on 127.0.0.1:9092 (Ctrl-C stops it)
 	$(BIN)/python deploy/kafka/broker.py run
 
 train: setup  ## Train both models from their seeds (reads ../shared/data)
