@@ -17,7 +17,7 @@ from herald.errors import BusError, ChannelUnavailable, HeraldError, Notificatio
 from herald.events import utc_now
 from herald.ledger import open_ledger
 from herald.store import StudyStore
-from herald.undelivered import Undelivered, holding, undelivered
+from herald.undelivered import OVERDUE, Undelivered, holding, notifier_seen_at, undelivered
 
 TIMEOUT_S = 3.0
 
@@ -44,7 +44,14 @@ def check(config: Config, quick: bool = False) -> list[Outcome]:
         "receiver": _receiver,
     }
     if not quick:
-        parts |= {"disk": _disk, "pager": _pager, "pages": _pages, "alarms": _alarms, "dead letters": _dead_letters}
+        parts |= {
+            "disk": _disk,
+            "pager": _pager,
+            "notifier": _notifier,
+            "pages": _pages,
+            "alarms": _alarms,
+            "dead letters": _dead_letters,
+        }
     return [_outcome(what, ask, config) for what, ask in parts.items()]
 
 
@@ -85,6 +92,22 @@ def _bus(config: Config) -> str:
     finally:
         bus.close()
     return f"{config.bus.url.partition('://')[0]}; waiting: " + ", ".join(f"{k} {n}" for k, n in waiting.items())
+
+
+def _notifier(config: Config) -> str:
+    """Whether one is alive: what it has not taken from the bus is neither paged nor on the worklist."""
+    ledger = open_ledger(config.ledger)
+    try:
+        with ledger.read() as connection:
+            seen_at = notifier_seen_at(connection)
+    finally:
+        ledger.close()
+    if seen_at is None:
+        raise NotificationError("none has ever been alive; start it with `herald run notifier`")
+    seen = f"last seen {seen_at:%Y-%m-%d %H:%M:%S} UTC"
+    if seen_at < utc_now() - OVERDUE:
+        raise NotificationError(f"{seen}; nobody is paged: start it with `herald run notifier`, and look into its log")
+    return seen
 
 
 def _pages(config: Config) -> str:

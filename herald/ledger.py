@@ -1,8 +1,8 @@
 """The ledger: the relational record of everything, on SQLite or PostgreSQL.
 
 Each table has one writer: the receiver owns `instances`, `rejections`, `series`, `removals` and `commitments`; the
-router owns `vitals`; the notifier owns `pages`, `deliveries` and `alarms`; the web UI owns `results`, `reviews`,
-`labels`, `adjudications`, `validation`, `users` and `audit`. Reading is free. Times are UTC.
+router owns `vitals`; the notifier owns `pages`, `deliveries`, `watches` and `alarms`; the web UI owns `results`,
+`reviews`, `labels`, `adjudications`, `validation`, `users` and `audit`. Reading is free. Times are UTC.
 """
 
 from collections.abc import Iterator
@@ -209,6 +209,13 @@ deliveries = Table(
     ),
     Column("error", Text),
     Column("duration_s", Float),
+)
+
+watches = Table(
+    "watches",
+    metadata,
+    Column("notifier", String(64), primary_key=True, comment="host and process of a notifier"),
+    Column("seen_at", UtcDateTime, nullable=False, comment="when its watch last wrote here"),
 )
 
 alarms = Table(

@@ -1,4 +1,7 @@
-"""Studies that were to be paged and that nobody has answered, for the operators, the web UI and `herald check`."""
+"""Studies that were to be paged and that nobody has answered, for the operators, the web UI and `herald check`.
+
+And whether there is a notifier at all: what a dead one has not taken from the bus, the ledger knows nothing of.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +11,7 @@ from itertools import groupby
 from sqlalchemy import Connection, RowMapping, and_, exists, func, or_, select
 
 from herald.config import NotifierConfig
-from herald.ledger import alarms, pages, reviews
+from herald.ledger import alarms, pages, reviews, watches
 
 OVERDUE = timedelta(minutes=2)
 """How late a page may be before the notifier is taken to have stopped; longer than any pause between two attempts."""
@@ -30,6 +33,12 @@ class Undelivered:
     reached: bool
     overdue: bool
     pages: tuple[RowMapping, ...]
+
+
+def notifier_seen_at(connection: Connection) -> datetime | None:
+    """When a notifier last gave a sign of life, every 15 s while it runs; None if none ever has."""
+    seen: datetime | None = connection.scalar(select(func.max(watches.c.seen_at)))
+    return seen
 
 
 def undelivered(connection: Connection, config: NotifierConfig, now: datetime) -> list[Undelivered]:

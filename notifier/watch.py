@@ -6,6 +6,8 @@ newest result, or of a router's row in `vitals`; an alarm is over at the next si
 """
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +15,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
 
-from sqlalchemy import Connection, exists, func, select
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
 from herald.config import Config
 from herald.errors import ConfigError, LedgerError
 from herald.events import SeriesTriaged, utc_now
-from herald.ledger import Ledger, pages, results, vitals
+from herald.ledger import Ledger, pages, results, vitals, watches
 from herald.undelivered import OVERDUE, Undelivered, undelivered
 from notifier.alarms import Alarms, Kind
 from notifier.message import accession_suffix
@@ -32,6 +34,9 @@ STOP_S = 0.5
 LIVE_S = 60.0
 """A router whose row has changed within so many seconds is alive; it writes every 15 s."""
 TELL_AGAIN_S = 3600.0
+SIGN_S = 15.0
+GONE = timedelta(days=1)
+"""Notifiers that were not seen for so long are forgotten as soon as another one writes."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Watch:
         self._outage = False
         self._told_at_s: float | None = None
         self._wake = threading.Event()
+        self._notifier = f"{socket.gethostname()[:50]}:{os.getpid()}"
+        self._signed_at_s: float | None = None
 
     def seen(self, event: SeriesTriaged) -> None:
         """A result has come; one that failed is no sign of triage. Waits for nothing and never raises."""
@@ -115,6 +122,7 @@ class Watch:
             self._watch_routers()
             self._watch_pages(found)
             self._beat()
+            self._sign()
         except LedgerError as error:
             self._ledger_away(error)
             return
@@ -123,6 +131,19 @@ class Watch:
         if self._outage:
             log.warning("the ledger answers again; the watch goes on")
         self._outage, self._told_at_s = False, None
+
+    def _sign(self) -> None:
+        """Leave this notifier's own sign of life, which the web UI and `herald check` look for."""
+        if self._signed_at_s is not None and self._monotonic() - self._signed_at_s < SIGN_S:
+            return
+        now = self._now()
+        with self._ledger.begin() as connection:
+            if self._signed_at_s is None:
+                connection.execute(delete(watches).where(watches.c.seen_at < now - GONE))
+            ours = watches.c.notifier == self._notifier
+            if not connection.execute(update(watches).where(ours).values(seen_at=now)).rowcount:
+                connection.execute(insert(watches).values(notifier=self._notifier, seen_at=now))
+        self._signed_at_s = self._monotonic()
 
     def _moment(self) -> _Moment:
         return _Moment(self._monotonic(), self._now())

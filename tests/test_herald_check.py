@@ -1,4 +1,4 @@
-"""What `herald check` says of the served models, of pages that reached nobody and of alarms."""
+"""What `herald check` says of the served models, of the notifier, of pages that reached nobody and of alarms."""
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,7 @@ import herald.check
 from herald.check import Outcome, check, describe_model
 from herald.config import Config, ServingConfig, load_config
 from herald.events import utc_now
-from herald.ledger import Ledger, alarms, open_ledger, pages, reviews
+from herald.ledger import Ledger, alarms, open_ledger, pages, reviews, watches
 from serving.server import ModelServer
 
 HEMORRHAGE: Mapping[str, Any] = {
@@ -131,7 +131,7 @@ def test_a_model_server_that_is_down_is_told(tmp_path: Path) -> None:
     assert "herald run serving" in answered.detail
 
 
-# --- pages and alarms ------------------------------------------------------------------------------------------------
+# --- notifier, pages and alarms --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,3 +243,19 @@ def test_an_alarm_is_a_fault_while_it_holds(live: Ledger, tmp_path: Path) -> Non
     with live.begin() as connection:
         connection.execute(update(alarms).values(cleared_at=utc_now()))
     assert said(tmp_path, "alarms").ok
+
+
+def test_a_notifier_that_has_never_been_alive_or_is_so_no_more_is_a_fault(live: Ledger, tmp_path: Path) -> None:
+    assert said(tmp_path, "notifier") == Outcome(
+        "notifier", False, "none has ever been alive; start it with `herald run notifier`"
+    )
+    with live.begin() as connection:
+        connection.execute(insert(watches).values(notifier="ct1:7", seen_at=utc_now() - timedelta(minutes=3)))
+    gone = said(tmp_path, "notifier")
+    assert not gone.ok
+    assert "nobody is paged: start it with `herald run notifier`" in gone.detail
+    with live.begin() as connection:
+        connection.execute(insert(watches).values(notifier="ct1:9", seen_at=utc_now() - timedelta(minutes=1)))
+    alive = said(tmp_path, "notifier")
+    assert alive.ok
+    assert alive.detail.startswith("last seen ")

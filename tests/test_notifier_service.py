@@ -18,7 +18,7 @@ from herald.bus import open_bus
 from herald.config import BusConfig, Config, LedgerConfig, PagingPolicy, PagingSite, PagingStep, StoreConfig
 from herald.errors import ConfigError
 from herald.events import Event, SeriesReviewed, SeriesTriaged, utc_now
-from herald.ledger import alarms, deliveries, open_ledger, pages
+from herald.ledger import alarms, deliveries, open_ledger, pages, watches
 from notifier.paging import Paging
 from notifier.service import PAGING_GROUP, POSTING_GROUP, serve
 
@@ -180,6 +180,12 @@ secret_key = "key-for-tests"
     (page,) = rows(config, select(pages))
     assert page.attempts == 2
     assert mailbox.emails[0]["Message-ID"] == f"<{page.page_id}@localhost>"
+
+
+def test_a_running_notifier_gives_a_sign_of_life(config: Config) -> None:
+    begun = utc_now()
+    with serving(config):
+        eventually(lambda: any(row.seen_at >= begun for row in rows(config, select(watches))))
 
 
 def test_a_page_goes_to_who_is_on_call_and_an_answer_by_e_mail_comes_in_beside_it(

@@ -16,7 +16,7 @@ from sqlalchemy import RowMapping, delete, insert, select, text, update
 
 from herald.config import Config, LedgerConfig, PagingStep
 from herald.errors import ConfigError
-from herald.ledger import Ledger, alarms, open_ledger, pages, results, reviews, vitals
+from herald.ledger import Ledger, alarms, open_ledger, pages, results, reviews, vitals, watches
 from notifier.alarms import Alarms
 from notifier.channels import Message
 from notifier.watch import Watch
@@ -399,6 +399,43 @@ def broken(node: Node) -> None:
 def mended(node: Node) -> None:
     with node.ledger.begin() as connection:
         connection.execute(text("alter table elsewhere rename to vitals"))
+
+
+# --- its own sign of life --------------------------------------------------------------------------------------------
+
+
+def signs(node: Node) -> list[datetime]:
+    with node.ledger.read() as connection:
+        return list(connection.scalars(select(watches.c.seen_at).order_by(watches.c.seen_at)))
+
+
+def test_a_notifier_gives_a_sign_of_life_every_quarter_of_a_minute(modelled: Node) -> None:
+    seen = set()
+    for _ in range(12):
+        modelled.run_for(step_s=5.0, seconds=5)
+        seen.update(signs(modelled))
+    assert sorted(seen) == [START + timedelta(seconds=s) for s in (5, 20, 35, 50)]
+    assert len(signs(modelled)) == 1
+
+
+def test_a_notifier_that_cannot_read_the_ledger_gives_no_sign_of_life(modelled: Node) -> None:
+    modelled.run_for(minutes=1)
+    before = signs(modelled)
+    broken(modelled)
+    modelled.run_for(beat=False, minutes=3)
+    assert signs(modelled) == before
+    mended(modelled)
+    modelled.run_for(minutes=1)
+    assert signs(modelled) > before
+
+
+def test_notifiers_of_the_day_before_yesterday_are_forgotten_and_one_that_has_just_died_is_not(modelled: Node) -> None:
+    dead = START - timedelta(minutes=1)
+    with modelled.ledger.begin() as connection:
+        for name, seen_at in (("ct1:3", START - timedelta(days=2)), ("ct1:5", dead)):
+            connection.execute(insert(watches).values(notifier=name, seen_at=seen_at))
+    modelled.look()
+    assert signs(modelled) == [dead, START]
 
 
 # --- pages that came to nothing --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from herald.bus import handle, open_bus
 from herald.config import BusConfig, LedgerConfig, NotifierConfig, PagingStep, StoreConfig
 from herald.errors import LedgerError, VolumeError
 from herald.events import Event, SeriesReceived, utc_now
-from herald.ledger import Ledger, alarms, audit, open_ledger, pages, results, vitals
+from herald.ledger import Ledger, alarms, audit, open_ledger, pages, results, vitals, watches
 from webui import condition, figures
 from webui.operations import CONDITION, masked
 from webui.parts import Parts
@@ -181,6 +181,20 @@ def test_an_alarm_that_holds_is_on_every_page_until_it_is_over(site: Site) -> No
     with site.ledger.begin() as connection:
         connection.execute(update(alarms).values(cleared_at=utc_now()))
     assert banner_of(client.get("/").text) == ""
+
+
+@pytest.mark.parametrize(("minutes_ago", "told"), [(1, False), (5, True)])
+def test_a_notifier_that_is_alive_no_more_is_on_every_page(site: Site, minutes_ago: int, told: bool) -> None:
+    client = site.client("remi")
+    (before,) = re.findall(r'data-etag="(\w+)"', client.get("/").text)
+    with site.ledger.begin() as connection:
+        seen_at = utc_now() - timedelta(minutes=minutes_ago)
+        connection.execute(insert(watches).values(notifier="ct1:7", seen_at=seen_at))
+    for address in ("/", "/operations"):
+        words = banner_of(client.get(address).text)
+        assert ("Paging has stopped: the notifier was last alive 5 min ago. Nobody is paged" in words) is told
+    changed = client.get("/operations/banner", headers={"If-None-Match": f'"{before}"'})
+    assert changed.status_code == (200 if told else 304)
 
 
 def test_a_study_and_its_own_alarm_are_told_once(site: Site) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, RowMapping, select
 from herald.errors import BusError
 from herald.events import utc_now
 from herald.ledger import alarms, results, vitals
-from herald.undelivered import Undelivered, holding, undelivered
+from herald.undelivered import OVERDUE, Undelivered, holding, notifier_seen_at, undelivered
 from webui import figures, record
 from webui.condition import LATE, TOPICS, Condition, Letter
 from webui.context import EXTENSION, Context, context
@@ -81,6 +81,8 @@ class Banner:
 
     groups: tuple[Group, ...]
     alarms: tuple[RowMapping, ...]
+    notifier_gone_since: datetime | None
+    """When the last notifier was seen, if none is alive."""
 
     @property
     def etag(self) -> str:
@@ -89,7 +91,7 @@ class Banner:
             (group.headline, s.undelivered.study_instance_uid, s.known) for group in self.groups for s in group.studies
         ]
         told = [(alarm["alarm_id"], alarm["detail"]) for alarm in self.alarms]
-        return hashlib.sha256(repr((studies, told)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((studies, told, self.notifier_gone_since)).encode()).hexdigest()[:16]
 
 
 @blueprint.get("")
@@ -219,16 +221,18 @@ def _for_every_page() -> dict[str, Any]:
 
 
 def find_banner() -> Banner:
-    """Studies whose paging has failed, by how, and the alarms that hold beside those about them."""
+    """Studies whose paging has failed, by how, the alarms that hold beside those about them, and a dead notifier."""
     with context().ledger.read() as connection:
         studies = _studies(connection)
         about = {study.undelivered.study_instance_uid for study in studies}
         held = [a for a in holding(connection) if not (a["kind"] == "undelivered" and a["about"] in about)]
+        seen_at = notifier_seen_at(connection)
     by_headline: dict[tuple[str, str], list[Study]] = {}
     for study in studies:
         by_headline.setdefault(_headline(study.undelivered), []).append(study)
     groups = (Group(_counted(len(found), words[0]), words[1], tuple(found)) for words, found in by_headline.items())
-    return Banner(tuple(groups), tuple(held))
+    gone = seen_at is not None and seen_at < utc_now() - OVERDUE
+    return Banner(tuple(groups), tuple(held), seen_at if gone else None)
 
 
 def _headline(study: Undelivered) -> tuple[str, str]:
