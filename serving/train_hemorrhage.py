@@ -9,6 +9,7 @@
     --evaluate    pool the scores of the folds, calibrate, measure        (serving/weights/hemorrhage.json)
                   and report them with pictures, never to be committed    (--report, .work/hemorrhage/report.html)
     --sets A B    measure how well two sets can be told apart, and whether the detector's score does
+    --changed     measure whether answers hold when the heads that folds keep aside are scanned otherwise
 
 The whole of it: --prepare, --pretrain, --fold 0 1 2 3 4, --all, --evaluate. A run that is cut short goes on from its
 last saved step when it is started again. Every run repeats from its seed, as far as the threads of the machine allow.
@@ -50,6 +51,8 @@ from serving.evaluation_report import check_report_path, report, write_report
 from serving.hemorrhage import WEIGHTS, build, load
 from serving.progress import progress
 from serving.readers import UNKNOWN
+from serving.robustness import compare as compare_changes
+from serving.robustness import score_changed
 from serving.score_hemorrhage import SHIPPED, cases, evaluate, score
 from serving.set_identity import compare
 from serving.unfinished import UnfinishedRun
@@ -231,10 +234,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rate", type=float, help="highest learning rate, instead of the usual one")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--changed", action="store_true", help="measure what other scans would change (15 min)")
     args = parser.parse_args(argv)
     wants_patients = args.prepare or args.pretrain or args.fold or args.score or args.all or args.score_shipped
-    if not (wants_patients or args.evaluate or args.sets):
-        parser.error("say what to do: --prepare, --pretrain, --fold K, --score K, --all, --evaluate or --sets A B")
+    if not (wants_patients or args.evaluate or args.sets or args.changed):
+        parser.error(
+            "say what to do: --prepare, --pretrain, --fold K, --score K, --all, --evaluate, --sets A B or --changed"
+        )
     if wrong := [fold for fold in (*args.fold, *args.score) if not 0 <= fold < args.folds]:
         parser.error(f"there is no fold {wrong[0]} of {args.folds}; they count from 0")
     of_fold = {fold: args.weights or _of_fold(args.work, fold, args.folds) for fold in args.score}
@@ -279,6 +285,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         # the shipped ones have seen whom fold 0 keeps aside
         weights = args.weights or _of_fold(args.work, 0, args.folds)
         Console().print_json(json.dumps(compare(load(weights), aside, *args.sets)))
+    if args.changed:
+        threshold = json.loads(CALIBRATION.read_text(encoding="utf-8"))["threshold_of_folds"][0]
+        models = [_of_fold(args.work, fold, args.folds) for fold in range(args.folds)]
+        patients = load_patients(args.data, prepared, CROSS_VALIDATED)
+        Console().print_json(json.dumps(compare_changes(score_changed(models, patients, args.data), threshold)))
     if args.evaluate:
         page = args.report or args.work / "report.html"
         check_report_path(page)
