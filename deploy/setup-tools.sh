@@ -14,7 +14,7 @@ command -v openssl >/dev/null || missing+=(openssl)
 if ! command -v chromium >/dev/null; then
   if ! grep -q '^ID=ubuntu$' /etc/os-release; then
     missing+=(chromium)
-  elif ! compgen -G "${PLAYWRIGHT_BROWSERS_PATH:-$HOME/.cache/ms-playwright}/chromium*" >/dev/null; then
+  elif ! "$playwright" install --dry-run chromium | awk '/Install location:/ { print $3 }' | xargs -n 1 test -d; then
     echo "installing Playwright's Chromium"
     "$playwright" install --with-deps chromium
   fi

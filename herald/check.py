@@ -2,13 +2,15 @@
 
 import smtplib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 import requests
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # made at import
+from sqlalchemy import Connection
 
 from herald.bus import GROUPS, open_bus
 from herald.calling import CallingEntity
@@ -17,7 +19,7 @@ from herald.errors import BusError, ChannelUnavailable, HeraldError, Notificatio
 from herald.events import utc_now
 from herald.ledger import open_ledger
 from herald.store import StudyStore
-from herald.undelivered import OVERDUE, Undelivered, holding, notifier_seen_at, undelivered
+from herald.undelivered import Undelivered, holding, notifier_seen, undelivered
 
 TIMEOUT_S = 3.0
 
@@ -94,18 +96,21 @@ def _bus(config: Config) -> str:
     return f"{config.bus.url.partition('://')[0]}; waiting: " + ", ".join(f"{k} {n}" for k, n in waiting.items())
 
 
+@contextmanager
+def _reading(config: Config) -> Iterator[Connection]:
+    """The ledger, open for the block."""
+    with closing(open_ledger(config.ledger)) as ledger, ledger.read() as connection:
+        yield connection
+
+
 def _notifier(config: Config) -> str:
     """Whether one is alive: what it has not taken from the bus is neither paged nor on the worklist."""
-    ledger = open_ledger(config.ledger)
-    try:
-        with ledger.read() as connection:
-            seen_at = notifier_seen_at(connection)
-    finally:
-        ledger.close()
+    with _reading(config) as connection:
+        seen_at, alive = notifier_seen(connection, utc_now())
     if seen_at is None:
         raise NotificationError("none has ever been alive; start it with `herald run notifier`")
     seen = f"last seen {seen_at:%Y-%m-%d %H:%M:%S} UTC"
-    if seen_at < utc_now() - OVERDUE:
+    if not alive:
         raise NotificationError(f"{seen}; nobody is paged: start it with `herald run notifier`, and look into its log")
     return seen
 
@@ -113,16 +118,12 @@ def _notifier(config: Config) -> str:
 def _pages(config: Config) -> str:
     """Live pages that reached nobody in the last day, or that the notifier is late with."""
     now = utc_now()
-    ledger = open_ledger(config.ledger)
-    try:
-        with ledger.read() as connection:
-            found = [
-                study
-                for study in undelivered(connection, config.notifier, now)
-                if study.overdue or study.last_at > now - timedelta(days=1)
-            ]
-    finally:
-        ledger.close()
+    with _reading(config) as connection:
+        found = [
+            study
+            for study in undelivered(connection, config.notifier, now)
+            if study.overdue or study.last_at > now - timedelta(days=1)
+        ]
     if not found:
         return "none of the last 24 h is unanswered, none is late"
     told = [f"{study.study_instance_uid} ({_page_fault(study, now)})" for study in found]
@@ -139,12 +140,8 @@ def _page_fault(study: Undelivered, now: datetime) -> str:
 
 
 def _alarms(config: Config) -> str:
-    ledger = open_ledger(config.ledger)
-    try:
-        with ledger.read() as connection:
-            held = holding(connection)
-    finally:
-        ledger.close()
+    with _reading(config) as connection:
+        held = holding(connection)
     if not held:
         return "none holds"
     told = [

@@ -35,10 +35,10 @@ class Undelivered:
     pages: tuple[RowMapping, ...]
 
 
-def notifier_seen_at(connection: Connection) -> datetime | None:
-    """When a notifier last gave a sign of life, every 15 s while it runs; None if none ever has."""
-    seen: datetime | None = connection.scalar(select(func.max(watches.c.seen_at)))
-    return seen
+def notifier_seen(connection: Connection, now: datetime) -> tuple[datetime | None, bool]:
+    """When a notifier last gave a sign of life, as it does every 15 s, None if none ever has; and if one is alive."""
+    seen_at: datetime | None = connection.scalar(select(func.max(watches.c.seen_at)))
+    return seen_at, seen_at is not None and seen_at >= now - OVERDUE
 
 
 def undelivered(connection: Connection, config: NotifierConfig, now: datetime) -> list[Undelivered]:

@@ -6,8 +6,6 @@ newest result, or of a router's row in `vitals`; an alarm is over at the next si
 """
 
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
 
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, exists, func, select
 
 from herald.config import Config
 from herald.errors import ConfigError, LedgerError
 from herald.events import SeriesTriaged, utc_now
 from herald.ledger import Ledger, pages, results, vitals, watches
 from herald.undelivered import OVERDUE, Undelivered, undelivered
+from herald.vital import SignOfLife
 from notifier.alarms import Alarms, Kind
 from notifier.message import accession_suffix
 from notifier.policy import zone_of
@@ -35,8 +34,6 @@ LIVE_S = 60.0
 """A router whose row has changed within so many seconds is alive; it writes every 15 s."""
 TELL_AGAIN_S = 3600.0
 SIGN_S = 15.0
-GONE = timedelta(days=1)
-"""Notifiers that were not seen for so long are forgotten as soon as another one writes."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Watch:
         self._outage = False
         self._told_at_s: float | None = None
         self._wake = threading.Event()
-        self._notifier = f"{socket.gethostname()[:50]}:{os.getpid()}"
+        self._sign = SignOfLife(ledger, watches)
         self._signed_at_s: float | None = None
 
     def seen(self, event: SeriesTriaged) -> None:
@@ -122,7 +119,7 @@ class Watch:
             self._watch_routers()
             self._watch_pages(found)
             self._beat()
-            self._sign()
+            self._show_life()
         except LedgerError as error:
             self._ledger_away(error)
             return
@@ -132,18 +129,11 @@ class Watch:
             log.warning("the ledger answers again; the watch goes on")
         self._outage, self._told_at_s = False, None
 
-    def _sign(self) -> None:
+    def _show_life(self) -> None:
         """Leave this notifier's own sign of life, which the web UI and `herald check` look for."""
-        if self._signed_at_s is not None and self._monotonic() - self._signed_at_s < SIGN_S:
-            return
-        now = self._now()
-        with self._ledger.begin() as connection:
-            if self._signed_at_s is None:
-                connection.execute(delete(watches).where(watches.c.seen_at < now - GONE))
-            ours = watches.c.notifier == self._notifier
-            if not connection.execute(update(watches).where(ours).values(seen_at=now)).rowcount:
-                connection.execute(insert(watches).values(notifier=self._notifier, seen_at=now))
-        self._signed_at_s = self._monotonic()
+        if self._signed_at_s is None or self._monotonic() - self._signed_at_s >= SIGN_S:
+            self._sign.write(self._now())
+            self._signed_at_s = self._monotonic()
 
     def _moment(self) -> _Moment:
         return _Moment(self._monotonic(), self._now())

@@ -5,20 +5,17 @@ away, or slow, costs signs of life and nothing else.
 """
 
 import logging
-import os
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
-
-from sqlalchemy import delete, insert, update
 
 from herald.config import Config
 from herald.errors import LedgerError, ServingError
 from herald.events import utc_now
 from herald.ledger import Ledger, vitals
+from herald.vital import SignOfLife
 from router.inference import InferenceClient
 
 log = logging.getLogger(__name__)
@@ -28,20 +25,16 @@ DEADLINE_S = 5.0
 """Longest wait for the model server's word on one model: a server that hangs must not make the router look dead."""
 STOP_S = 2.0
 """How long a stop waits for a beat under way; the ledger may be why it takes long."""
-GONE = timedelta(days=1)
-"""Routers that were not seen for so long are forgotten."""
 
 
 class Vital:
     """One router's row of `vitals`."""
 
     def __init__(self, ledger: Ledger, client: InferenceClient, now: Callable[[], datetime] = utc_now) -> None:
-        self._ledger = ledger
+        self._sign = SignOfLife(ledger, vitals)
         self._client = client
         self._now = now
-        self._router = f"{socket.gethostname()[:50]}:{os.getpid()}"
         self._started_at = now()
-        self._prepared = False
 
     def beat(self) -> None:
         """Ask the model server and write down what came of it; raises LedgerError."""
@@ -51,16 +44,7 @@ class Vital:
             written["models_answered_at"] = self._now()
         except ServingError as error:
             written["error"] = str(error)
-        written["seen_at"] = self._now()
-        if not self._prepared:
-            self._ledger.create_tables()
-        with self._ledger.begin() as connection:
-            if not self._prepared:
-                connection.execute(delete(vitals).where(vitals.c.seen_at < self._now() - GONE))
-            ours = vitals.c.router == self._router
-            if not connection.execute(update(vitals).where(ours).values(written)).rowcount:
-                connection.execute(insert(vitals).values(router=self._router, **written))
-        self._prepared = True
+        self._sign.write(self._now(), **written)
 
     def run(self, stop: threading.Event) -> None:
         """Beat until `stop` is set, whatever happens; one line in the log per outage of the ledger."""

@@ -6,9 +6,10 @@ node sees a series, and scored by the weights of that fold. It is no substitute 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
-import keras  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -16,11 +17,11 @@ from scipy import ndimage
 from herald.cranium import detector_view
 from herald.discrimination import auc
 from herald.volume import AIR_HOUNSFIELD, Hounsfield, Volume, detection_input, slabs
-from serving.crops import Prepared, identity, read_labelled, split
+from serving.crops import ALL_SETS, Prepared, split
 from serving.evaluation import auc_interval, wilson
 from serving.hemorrhage import load
 from serving.progress import progress
-from serving.score_hemorrhage import raw_scores, slice_logits
+from serving.score_hemorrhage import study_logit
 
 Float = NDArray[np.float32]
 
@@ -83,19 +84,14 @@ class Study:
     scores: Mapping[str, float]
 
 
-def seen_by_detector(volume: Volume) -> Hounsfield:
-    """What the node shows the detector of a series, (D, N, N)."""
-    head, _ = detection_input(slabs(volume).volume)
-    return detector_view(head)
-
-
 def changed(volume: Volume, score: Callable[[Hounsfield], float]) -> dict[str, float]:
     """The score of what the node shows of `volume`, after each of CHANGES."""
     scan = volume.hounsfield.astype(np.float32)
     found = {}
     for name, change in CHANGES.items():
         hounsfield = np.rint(np.clip(change(scan), AIR_HOUNSFIELD, 3071)).astype(np.int16)
-        found[name] = score(seen_by_detector(replace(volume, hounsfield=hounsfield)))
+        head, _ = detection_input(slabs(replace(volume, hounsfield=hounsfield)).volume)
+        found[name] = score(detector_view(head))
     return found
 
 
@@ -105,21 +101,26 @@ def score_changed(weights: Sequence[Path], patients: Sequence[Prepared], data: P
     with progress() as bar:
         task = bar.add_task("scanning otherwise", total=len(patients))
         for fold, path in enumerate(weights):
-            model = load(path)
-
-            def score(head: Hounsfield, model: keras.Model = model) -> float:
-                raw = raw_scores(model, head)
-                return float(slice_logits(raw["slice"], raw["pooled"])[:, 0].max())
-
+            score = partial(study_logit, load(path))
             for patient in split(patients, fold, len(weights))[1]:
-                labelled = read_labelled(data, *identity(patient))
-                if labelled is not None:
-                    studies.append(Study(bool(patient.study_truth[0] == 1), changed(labelled.volume, score)))
+                folder, _, read = ALL_SETS[patient.source]
+                scores = changed(read(data / folder, patient.patient).volume, score)
+                studies.append(Study(bool(patient.study_truth[0] == 1), scores))
                 bar.advance(task)
     return studies
 
 
-def compare(studies: Sequence[Study], threshold: float) -> dict[str, dict[str, object]]:
+class Answers(TypedDict):
+    """What became of the answers after one change: shares and AUC with their intervals, and how scores moved."""
+
+    patient_auc: list[float]
+    sensitivity: list[float]
+    specificity: list[float]
+    shift: dict[str, float]
+    spread: dict[str, float]
+
+
+def answers(studies: Sequence[Study], threshold: float) -> dict[str, Answers]:
     """By change: AUC over `studies`, sensitivity and specificity at `threshold`, each with a 95 % interval.
 
     `shift` is by how much the scores of bleeding and of other studies rise in the mean, and `spread` the standard
@@ -127,7 +128,7 @@ def compare(studies: Sequence[Study], threshold: float) -> dict[str, dict[str, o
     """
     truth = np.array([study.bleeds for study in studies])
     before = np.array([study.scores["as it is"] for study in studies])
-    result: dict[str, dict[str, object]] = {}
+    result: dict[str, Answers] = {}
     for name in CHANGES:
         scores = np.array([study.scores[name] for study in studies])
         rise, positive = scores - before, scores >= threshold

@@ -77,6 +77,12 @@ def slice_logits(slice_head: NDArray[np.float32], pooled: NDArray[np.float32]) -
     return SMOOTHING[0] * padded[:-2] + SMOOTHING[1] * padded[1:-1] + SMOOTHING[2] * padded[2:]
 
 
+def study_logit(model: keras.Model, volume: NDArray[np.int16]) -> float:
+    """The uncalibrated logit of a study (D, N, N) for any bleeding: that of its most positive slice."""
+    raw = raw_scores(model, volume)
+    return float(slice_logits(raw["slice"], raw["pooled"])[:, 0].max())
+
+
 def scored(folder: Path) -> tuple[dict[tuple[str, str], dict[str, object]], NDArray[np.float64]]:
     """What `score` wrote in `folder` by source and patient, with its `logits` (D, C), and the `shift` (C,) of scales.
 

@@ -51,8 +51,7 @@ from serving.evaluation_report import check_report_path, report, write_report
 from serving.hemorrhage import WEIGHTS, build, load
 from serving.progress import progress
 from serving.readers import UNKNOWN
-from serving.robustness import compare as compare_changes
-from serving.robustness import score_changed
+from serving.robustness import answers, score_changed
 from serving.score_hemorrhage import SHIPPED, cases, evaluate, score
 from serving.set_identity import compare
 from serving.unfinished import UnfinishedRun
@@ -289,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         threshold = json.loads(CALIBRATION.read_text(encoding="utf-8"))["threshold_of_folds"][0]
         models = [_of_fold(args.work, fold, args.folds) for fold in range(args.folds)]
         patients = load_patients(args.data, prepared, CROSS_VALIDATED)
-        Console().print_json(json.dumps(compare_changes(score_changed(models, patients, args.data), threshold)))
+        Console().print_json(json.dumps(answers(score_changed(models, patients, args.data), threshold)))
     if args.evaluate:
         page = args.report or args.work / "report.html"
         check_report_path(page)

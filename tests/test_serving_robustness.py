@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from real_data import DATA, needs_real_data
 from test_herald_cranium import head
 
 from herald.volume import Volume
-from serving.robustness import CHANGES, Study, changed, compare
+from serving.crops import Prepared
+from serving.hemorrhage import WEIGHTS
+from serving.robustness import CHANGES, Study, answers, changed, score_changed
 
 RNG = np.random.default_rng(3)
 SCAN = np.where(RNG.random((4, 40, 40)) < 0.2, -1000, RNG.normal(35, 5, (4, 40, 40))).astype(np.float32)
@@ -67,6 +70,20 @@ def test_a_scan_is_shown_to_the_detector_as_the_node_shows_it_after_each_change(
     assert scores["mirrored"] == pytest.approx(scores["as it is"], abs=3)
 
 
+@needs_real_data
+def test_a_large_bleed_of_a_real_head_kept_aside_is_seen_however_it_is_scanned() -> None:
+    def never() -> None:
+        raise AssertionError("the scan is read anew")
+
+    bleeding = Prepared("ct-ich", "087", np.ones((1, 5), np.uint8), np.ones(5, np.uint8), True, never)
+    weights = WEIGHTS.parent / "of_6_folds" / "384" / "fold1.weights.h5"
+    (study,) = score_changed([weights], [bleeding], DATA)
+    assert study.bleeds
+    assert list(study.scores) == list(CHANGES)
+    assert min(study.scores.values()) > 5
+    assert len(set(study.scores.values())) == len(CHANGES)
+
+
 def test_answers_are_told_by_change_with_how_far_they_moved() -> None:
     steady = dict.fromkeys(CHANGES, 0.0)
     studies = [
@@ -75,10 +92,10 @@ def test_answers_are_told_by_change_with_how_far_they_moved() -> None:
         Study(False, {**steady, "as it is": -1.0, "8 HU of noise more": 1.0}),
         Study(False, {**steady, "as it is": -2.0, "8 HU of noise more": -2.0}),
     ]
-    told = compare(studies, threshold=0.5)
-    assert told["as it is"]["patient_auc"][0] == told["as it is"]["sensitivity"][0] == 1.0  # type: ignore[index]
+    told = answers(studies, threshold=0.5)
+    assert told["as it is"]["patient_auc"][0] == told["as it is"]["sensitivity"][0] == 1.0
     noisy = told["8 HU of noise more"]
-    assert noisy["patient_auc"][0] == 0.75  # type: ignore[index]
-    assert (noisy["sensitivity"][0], noisy["specificity"][0]) == (0.5, 0.5)  # type: ignore[index]
+    assert noisy["patient_auc"][0] == 0.75
+    assert (noisy["sensitivity"][0], noisy["specificity"][0]) == (0.5, 0.5)
     assert noisy["shift"] == {"bleeding": -1.0, "other": 1.0}
     assert noisy["spread"] == {"bleeding": 1.0, "other": 1.0}

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, RowMapping, select
 from herald.errors import BusError
 from herald.events import utc_now
 from herald.ledger import alarms, results, vitals
-from herald.undelivered import OVERDUE, Undelivered, holding, notifier_seen_at, undelivered
+from herald.undelivered import Undelivered, holding, notifier_seen, undelivered
 from webui import figures, record
 from webui.condition import LATE, TOPICS, Condition, Letter
 from webui.context import EXTENSION, Context, context
@@ -226,13 +226,12 @@ def find_banner() -> Banner:
         studies = _studies(connection)
         about = {study.undelivered.study_instance_uid for study in studies}
         held = [a for a in holding(connection) if not (a["kind"] == "undelivered" and a["about"] in about)]
-        seen_at = notifier_seen_at(connection)
+        seen_at, alive = notifier_seen(connection, utc_now())
     by_headline: dict[tuple[str, str], list[Study]] = {}
     for study in studies:
         by_headline.setdefault(_headline(study.undelivered), []).append(study)
     groups = (Group(_counted(len(found), words[0]), words[1], tuple(found)) for words, found in by_headline.items())
-    gone = seen_at is not None and seen_at < utc_now() - OVERDUE
-    return Banner(tuple(groups), tuple(held), seen_at if gone else None)
+    return Banner(tuple(groups), tuple(held), None if alive else seen_at)
 
 
 def _headline(study: Undelivered) -> tuple[str, str]:
