@@ -39,6 +39,8 @@ def log_in(page: Any, name: str = "rita") -> None:
 
 
 def picture_loaded(page: Any) -> None:
+    """The picture is there, and the page's modules have run: a key that is pressed before they listen is lost."""
+    page.wait_for_load_state("load")
     # no wait_for_function: it would need eval, which our Content-Security-Policy refuses
     sync_api.expect(page.locator("#picture")).to_have_js_property("complete", True)
     assert page.locator("#picture").evaluate("image => image.naturalWidth") == 512
