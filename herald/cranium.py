@@ -1,4 +1,4 @@
-"""What of a head the haemorrhage model looks at: the cranial cavity, and cupping made alike in every head.
+"""What of a head the haemorrhage model looks at: the cranial cavity, with cupping and noise made like the usual.
 
 A scanner shows brain brighter the nearer it lies to the skull (cupping; Barrett and Keat 2004, RadioGraphics
 24:1679-1691), by a few Hounsfield units or by twenty, depending on scanner, skull and correction. Thin blood on the
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from herald.grain import without_excess_noise
 from herald.volume import AIR_HOUNSFIELD, Hounsfield
 
 Bool = NDArray[np.bool_]
@@ -38,13 +39,13 @@ COARSE = 2  # every such row and column is enough to find the skull
 def detector_view(head: Hounsfield) -> Hounsfield:
     """The head (D, N, N) of `herald.volume.detection_input` as the model is shown it, in Hounsfield units; same shape.
 
-    Brain deep in the head stays as it is, and so does all of a head that shows too little of the cranial cavity. Slices
-    below the skull become air, where the cavity is known well enough to say so.
+    Noise beyond the usual is smoothed (`herald.grain`); else brain deep in the head stays as it is, and so does a
+    head that shows too little of the cranial cavity. Slices below the skull become air, where the cavity is known well
+    enough to say so.
     """
-    coarse = head[:, ::COARSE, ::COARSE]
-    depth = cavity_depth(coarse)
-    out = head.copy()
-    if (found := cupping(coarse, depth)) is not None:
+    depth = cavity_depth(head[:, ::COARSE, ::COARSE])
+    out = without_excess_noise(head, depth.repeat(COARSE, axis=1).repeat(COARSE, axis=2)).copy()
+    if (found := cupping(out[:, ::COARSE, ::COARSE], depth)) is not None:
         _lower(out, depth, np.clip(found - np.array(USUAL), -MOST, MOST))
     enclosed: Bool = np.any(depth > 0, axis=(1, 2))
     out[: _below_skull(enclosed)] = AIR_HOUNSFIELD

@@ -92,7 +92,7 @@ class Prepared:
 
 
 def prepare(labelled: LabelledVolume) -> Prepared:
-    """Average thin slices, cut volume and truth to the square around the head, even its cupping, as the node does."""
+    """Average thin slices, cut volume and truth to the square around the head, show it as the node does."""
     thick = slabs(labelled.volume)
     volume, placement = detection_input(thick.volume)
     truth, slice_truth = labelled.truth, labelled.slice_truth

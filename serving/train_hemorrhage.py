@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"there is no fold {wrong[0]} of {args.folds}; they count from 0")
     of_fold = {fold: args.weights or _of_fold(args.work, fold, args.folds) for fold in args.score}
     of_fold |= {fold: args.work / _name(fold, args.folds) for fold in args.fold}
-    prepared = args.work / f"prepared-{DETECTION_IN_PLANE}-view"
+    prepared = args.work / f"prepared-{DETECTION_IN_PLANE}-seen"
     if wants_patients:
         shares = args.shares or (PRETRAINING if args.pretrain else SHARES)
         patients = [p for source in shares for p in load_patients(args.data, prepared, source)]

@@ -19,7 +19,7 @@ INNER = 92  # of the inner table, in pixels of a head of 256
 LEFT = (RADIUS > INNER - 6) & (X > 0) & (np.abs(Y) < SIDE / 8) & (RADIUS < INNER)
 
 
-def head(cupping: float = 1.0, slices: int = 5, noise: float = 3.0) -> np.ndarray:
+def head(cupping: float = 1.0, slices: int = 5, noise: float = 1.5) -> np.ndarray:
     """A round skull with brain so many times as bright towards it as usual, (D, N, N)."""
     middles = [(low + high) / 2 for low, high in pairwise(DEPTHS)]
     below = (INNER - RADIUS) * 384 / 256
