@@ -236,7 +236,7 @@ def test_a_blind_reader_whose_result_changed_reads_it_at_its_own_address(chromiu
         page.keyboard.press("x")  # which sends the form as a page without scripts does
         page.get_by_role("alert").filter(has_text="look again. Nothing was recorded.").wait_for()
         page.screenshot(path=pictures / "blind-changed.png")
-        assert re.search(r"/series/[\d.]+/1(\?|$)", page.url)
+        sync_api.expect(page).to_have_url(re.compile(r"/series/[\d.]+/1(\?|$)"))
         assert "93 %" not in page.content()
         assert kept(site) == []
         page.reload()
@@ -466,6 +466,7 @@ def test_single_key_shortcuts_can_be_switched_off(chromium, site):
     page = open_page(chromium, site, DESKTOP)
     log_in(page)
     page.get_by_role("link", name="ACC00001").click()
+    picture_loaded(page)
     page.get_by_text("Keyboard").click()
     page.get_by_label("Use single-key shortcuts").uncheck()
     page.locator("h1").click()

@@ -35,14 +35,15 @@ def collect_complaints(page: Any) -> None:
 def log_in(page: Any, name: str = "rita") -> None:
     page.get_by_label("Name").fill(name)
     page.get_by_label("Password").fill(PASSWORD)
-    page.get_by_role("button", name="Log in").click()
+    with page.expect_navigation():  # till its modules have run: a key that is pressed before they listen is lost
+        page.get_by_role("button", name="Log in").click()
 
 
 def picture_loaded(page: Any) -> None:
-    """The picture is there, and the page's modules have run: a key that is pressed before they listen is lost."""
-    page.wait_for_load_state("load")
+    """The picture is there, and the modules of its page have run, which listen for keys."""
     # no wait_for_function: it would need eval, which our Content-Security-Policy refuses
     sync_api.expect(page.locator("#picture")).to_have_js_property("complete", True)
+    page.wait_for_load_state("load")  # now of the page that holds the picture, not of the one before
     assert page.locator("#picture").evaluate("image => image.naturalWidth") == 512
 
 
