@@ -44,7 +44,8 @@ def detector_view(head: Hounsfield) -> Hounsfield:
     enough to say so.
     """
     depth = cavity_depth(head[:, ::COARSE, ::COARSE])
-    out = without_excess_noise(head, depth.repeat(COARSE, axis=1).repeat(COARSE, axis=2)).copy()
+    fine = (depth * np.uint8(COARSE)).repeat(COARSE, axis=1).repeat(COARSE, axis=2)
+    out = without_excess_noise(head, fine).copy()
     if (found := cupping(out[:, ::COARSE, ::COARSE], depth)) is not None:
         _lower(out, depth, np.clip(found - np.array(USUAL), -MOST, MOST))
     enclosed: Bool = np.any(depth > 0, axis=(1, 2))

@@ -14,7 +14,7 @@ MOST = 2.0
 """Hounsfield units of `noise` that are left; CT-ICH's heads have no more than 1.8 (tests/test_real_cranium.py)."""
 BRAIN = (0, 75)  # Hounsfield units in which noise is measured
 SMOOTHED = (-60, 120)  # with its noise brain, blood or fluid; bone, fat and air neither lend their grey nor change
-DEEP = 11  # pixels of a head of 384 below the inner table, 7 mm
+DEEP = 22  # pixels of a head of 384 below the inner table, 14 mm
 SAMPLED = 4  # every such slice is enough to know the noise
 LEAST_VOXELS = 2000
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.7, 2.0)  # of Gaussians, in pixels of a head of 384, 0.6 mm
