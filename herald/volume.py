@@ -398,13 +398,14 @@ def slabs(volume: Volume, thickness_mm: float = 5.0) -> Slabs:
 def protocol_batch(volume: Volume, chunks: int = 4) -> NDArray[np.int16]:
     """Up to `chunks` interleaved sets of eight evenly spread slices: (B, 8, 256, 256) int16.
 
-    The whole field of view is kept, since it tells a head from a body. Larger matrices are decimated, not averaged:
-    averaging would remove the fine noise that tells a bone kernel from a soft one.
+    The whole field of view is kept, since it tells a head from a body. Of a matrix of 512 each pixel is the mean of
+    four: what is faint, as dilute contrast medium under the noise of a bone kernel, shows better than in one of them,
+    and as much of the noise is left as tells a bone kernel from a soft one.
     """
     count = volume.slice_count
     chunks = max(1, min(chunks, count // PROTOCOL_SLICES))
     picks = np.linspace(0, count - 1, chunks * PROTOCOL_SLICES).round().astype(int)
-    plane = _decimate(_squared(volume.hounsfield[picks]))
+    plane = _shrunk(_squared(volume.hounsfield[picks]))
     return np.ascontiguousarray(np.stack([plane[c::chunks] for c in range(chunks)]))
 
 
@@ -417,10 +418,20 @@ def _squared(hounsfield: Hounsfield) -> Hounsfield:
     return hounsfield if rows == columns else np.pad(hounsfield, pad, constant_values=AIR_HOUNSFIELD)
 
 
-def _decimate(hounsfield: Hounsfield) -> Hounsfield:
+def _shrunk(hounsfield: Hounsfield) -> Hounsfield:
+    """Square planes at PROTOCOL_IN_PLANE: means of as many pixels everywhere, so that the noise is alike everywhere."""
     side = hounsfield.shape[1]
-    index = ((np.arange(PROTOCOL_IN_PLANE) + 0.5) * side / PROTOCOL_IN_PLANE).astype(int)
-    return hounsfield[:, index[:, None], index[None, :]]
+    scale = side / PROTOCOL_IN_PLANE
+    block = max(1, int(scale))
+    first = ((np.arange(PROTOCOL_IN_PLANE) + 0.5) * scale - (block - 1) / 2).astype(int)
+    rows = np.zeros((len(hounsfield), PROTOCOL_IN_PLANE, side), np.int32)
+    total = np.zeros((len(hounsfield), PROTOCOL_IN_PLANE, PROTOCOL_IN_PLANE), np.int32)
+    for i in range(block):
+        rows += hounsfield[:, first + i]
+    for i in range(block):
+        total += rows.take(first + i, axis=2)
+    mean: Hounsfield = np.rint(total / np.float32(block**2)).astype(np.int16)
+    return mean
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ CRANIUM_VARIANTS, SERIES_PER_CRANIUM = 4, 12  # one real thin-slice head, so man
 SERIES_PER_PATIENT = {"ct-ich": 8, "phe-sich": 2}  # PHE-SICH has lost what lies outside the brain window: fewer
 WORKERS = 2  # cores
 SHARES = {"head": 0.39, "other": 0.17, "skull": 0.06, "cranium": 0.09, "ct-ich": 0.21, "phe-sich": 0.08}
+AVERAGED = 0.85  # of the samples as from a matrix of 512, by far the commonest; the others as from a smaller one
 TRAINED_ON = {"ct-ich": (1, 2), "phe-sich": (0,)}  # patients by rank modulo 3; the others are held out
 
 
@@ -354,6 +355,7 @@ def finish(sample: Sample, kernel: str, rng: np.random.Generator) -> NDArray[np.
             blur_mm=float(rng.uniform(0, 0.8)) if soft else 0.0,
             sharpen=0.0 if soft else float(rng.uniform(0.2, 2.0)),
             streaks=float(rng.uniform(0, 8)),
+            averaged=bool(rng.random() < AVERAGED),
         ),
         rng,
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -239,6 +239,21 @@ def test_the_protocol_model_always_gets_eight_slices_of_256(count: int, rows: in
     assert batch.shape[1:] == (8, 256, 256)
     assert 1 <= len(batch) <= 4
     assert batch.dtype == np.int16
+
+
+@given(side=st.integers(1, 1300))
+@settings(deadline=None)  # the largest planes take a while
+def test_what_the_protocol_model_sees_lies_where_it_was_whatever_the_matrix(side: int) -> None:
+    across = np.broadcast_to(np.arange(side, dtype=np.int16), (8, side, side))
+    seen = protocol_batch(Volume(across, np.arange(8) * 5.0, (0.5, 0.5)))[0, 0, 0]
+    assert np.abs(seen - ((np.arange(256) + 0.5) * side / 256 - 0.5)).max() <= 1
+
+
+def test_the_protocol_model_sees_the_mean_of_four_pixels_of_512_with_half_their_noise() -> None:
+    noisy = np.random.default_rng(0).normal(40, 20, (8, 512, 512)).astype(np.int16)
+    seen = protocol_batch(Volume(noisy, np.arange(8) * 5.0, (0.5, 0.5)))[0]
+    assert np.abs(seen - noisy.reshape(8, 256, 2, 256, 2).mean((2, 4))).max() <= 0.5
+    assert seen.std() == pytest.approx(10, rel=0.02)
 
 
 def test_the_square_around_the_head_follows_the_head_and_not_the_field_of_view() -> None:

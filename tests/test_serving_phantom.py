@@ -42,6 +42,7 @@ from serving.phantom.anatomy import (
 )
 from serving.phantom.haemorrhage import KINDS, LABELS, bleed
 from serving.phantom.mimics import MIMICS, draw_mimics, paint_mimics
+from serving.phantom.scanner import noise
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,14 @@ def test_a_bone_kernel_is_noisier_at_high_frequency_than_a_soft_one(plain: Subje
         brain = (image > -60) & (image < 160)
         roughness[kernel] = float(np.median(np.abs(np.diff(image, axis=1))[brain[:, 1:] & brain[:, :-1]]))
     assert roughness["bone"] > 2 * roughness["soft"]
+
+
+@pytest.mark.parametrize("kernel", HEADS["kernel"])
+@pytest.mark.parametrize("along_rows", [0.0, 1.5])
+def test_averaged_noise_of_256_is_what_averaging_leaves_of_that_of_512(kernel: str, along_rows: float) -> None:
+    large = noise(kernel, (4, 512, 512), np.random.default_rng(5), 2 * along_rows)
+    small = noise(kernel, (4, 256, 256), np.random.default_rng(5), along_rows, averaged=True)
+    np.testing.assert_allclose(small, large.reshape(4, 256, 2, 256, 2).mean((2, 4)), atol=1e-5)
 
 
 def developed(head: Subject, **change: object) -> NDArray[np.float32]:

@@ -37,6 +37,7 @@ class Acquisition:
     motion_mm: float = 0.0  # by which the head moves in the midst of some slices
     holder: str = "curved"  # curved, table or none
     circle: bool = False
+    averaged: bool = False  # a matrix of 256 whose pixels are each the mean of four of 512: less noise
 
 
 def plane_axes(acquisition: Acquisition) -> NDArray[np.float64]:
@@ -197,23 +198,33 @@ def noise_field(kernel: str, variant: int, size: int) -> Float:
     return np.tile((field / field.std()).astype(np.float32), (2, 2))
 
 
-def noise(kernel: str, shape: tuple[int, int, int], rng: np.random.Generator, along_rows: float = 0.0) -> Float:
+def noise(
+    kernel: str,
+    shape: tuple[int, int, int],
+    rng: np.random.Generator,
+    along_rows: float = 0.0,
+    averaged: bool = False,
+) -> Float:
     """Noise of unit variance, (D, M, M): shifted and turned copies of a field made at twice M and decimated if M = 256.
 
-    `along_rows` smooths down the rows, as in reformats whose rows run along the slices' thickness.
+    With `averaged` it is not decimated: each pixel is the mean of four, which hold the unit variance. `along_rows`
+    smooths down the rows, as in reformats whose rows run along the slices' thickness.
     """
     depth, matrix, _ = shape
     step = 2 if matrix <= 256 else 1
     size = 1024 if matrix * step > 512 else 512
+    kept = 1 if averaged else step
     variant = int(rng.integers(10))
     out = np.empty(shape, np.float32)
     for i in range(depth):
         field = noise_field(kernel, variant, size)
         dy, dx = rng.integers(0, size, 2)
-        patch = field[dy : dy + matrix * step : step, dx : dx + matrix * step : step]
+        patch = field[dy : dy + matrix * step : kept, dx : dx + matrix * step : kept]
         if along_rows > 0:
-            patch = ndimage.gaussian_filter1d(patch, along_rows, axis=0)
+            patch = ndimage.gaussian_filter1d(patch, along_rows * step / kept, axis=0)
             patch = patch / patch.std()
+        if averaged:
+            patch = patch.reshape(matrix, step, matrix, step).mean((1, 3))
         out[i] = patch[:, ::-1] if rng.random() < 0.5 else patch
     return out
 
@@ -234,7 +245,9 @@ def develop(image: Float, acquisition: Acquisition, rng: np.random.Generator) ->
         image = image + acquisition.sharpen * (image - halo)
     grain_size = acquisition.noise * _attenuation(image)
     rows = 0.0 if acquisition.orientation == "axial" else acquisition.thickness_mm / pixel_mm * rng.uniform(0.1, 0.5)
-    grain = noise(acquisition.kernel, (image.shape[0], acquisition.matrix, acquisition.matrix), rng, rows)
+    grain = noise(
+        acquisition.kernel, (image.shape[0], acquisition.matrix, acquisition.matrix), rng, rows, acquisition.averaged
+    )
     grain *= grain_size
     image = image + grain
     if streaks is not None:
