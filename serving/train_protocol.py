@@ -47,6 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
     cycles: tuple[tuple[int, float], ...] = CYCLES
     seed: int = SEED
     start: str = ""  # weights from which it was fine-tuned
+    keep: float = 0.0  # their share in what is written
     series: str = ""  # where they came from
 
     @property
@@ -65,7 +66,9 @@ def train(
     """Train by AdamW, and write the weights and their description.
 
     Every `save_every` steps, all that the next one depends on is saved beside the weights, and a run that was cut short
-    goes on from there. Raises ConfigError where the plan of that run was another.
+    goes on from there. With `plan.keep` the weights written are a mean of those before, so much, and after: what is new
+    is answered nearly as well as by those after, and less is forgotten (Wortsman et al. 2022, arXiv 2109.01903). Raises
+    ConfigError where the plan of a run that was cut short was another, or where what is begun anew has nothing to keep.
     """
     import keras  # type: ignore[import-untyped]
     import tensorflow as tf  # type: ignore[import-untyped]
@@ -85,9 +88,12 @@ def train(
         sizes = describe(Path(plan.start)).sizes
         anew = [name for name in plan.heads if name not in kept]
         console.print(f"kept of {plan.start}: {', '.join(['trunk', *kept])}; begun anew: {', '.join(anew) or 'none'}")
+        if plan.keep and anew:
+            raise ConfigError(f"{plan.start} has no {', '.join(anew)} of which to keep a share; leave --keep out")
     else:
         sizes = msgspec.structs.replace(SIZES, channels=plan.channels) if plan.channels else SIZES
         model = build(plan.heads, sizes)
+    before = model.get_weights()
     model.compile(
         optimizer=keras.optimizers.AdamW(_rate(plan.cycles), weight_decay=WEIGHT_DECAY, clipnorm=1.0),
         loss={name: keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING) for name in plan.heads},
@@ -110,7 +116,8 @@ def train(
             bar.console.print(f"step {run.done}: loss {told['loss'][-1]:.3f}, accuracy: {accuracy}")
             bar.update(task, completed=run.done)
     bare = build(plan.heads, sizes)  # without the optimizer's variables
-    bare.set_weights(model.get_weights())
+    keep = plan.keep
+    bare.set_weights([keep * was + (1 - keep) * now for was, now in zip(before, model.get_weights(), strict=True)])
     weights.parent.mkdir(parents=True, exist_ok=True)
     bare.save_weights(weights)
     write_description(weights, Description(dict(plan.heads), sizes))
@@ -179,6 +186,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "--site-share", type=float, default=1.0, help="of samples from --labels; others are the built-in"
     )
     parser.add_argument("--start", type=Path, help="weights to fine-tune; heads with other classes begin anew")
+    parser.add_argument(
+        "--keep", type=float, default=0.0, help="share of --start in the weights written; 0.5 forgets less (default: 0)"
+    )
     parser.add_argument("--steps", type=int, help=f"of one cycle (default: {len(CYCLES)} cycles, {STEPS} steps)")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of --steps")
     parser.add_argument("--channels", type=int, nargs="+", help="of each stage (default: those of the shipped model)")
@@ -198,6 +208,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.start and options.channels:
         parser.error("--channels are those of --start: leave one of the two out")
+    if not 0 <= options.keep < 1 or (options.keep and not options.start):
+        parser.error("--keep is at least 0 and below 1, and is of --start: name the weights to keep a share of")
     if not 0 < options.site_share <= 1:
         parser.error("--site-share is above 0 and at most 1")
     if options.sets is None:
@@ -234,6 +246,7 @@ def _main(options: argparse.Namespace) -> int:
             cycles=((options.steps, options.rate),) if options.steps else CYCLES,
             seed=options.seed,
             start=str(options.start or ""),
+            keep=options.keep,
             series=_described(options, site),
         )
         train(Source(pools, heads, shares, options.seed), options.weights, plan)

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 import keras
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
@@ -336,6 +337,34 @@ SOURCE = Source(
     {"head": [Sample(np.full((8, 256, 256), 40, np.int16), "contrast", "axial", "head", 0.9, 5.0)]}, batch=2
 )
 PLAN = Plan(heads=read_heads(protocol.DEFAULT_HEADS), channels=TINY, cycles=((4, 1e-3), (3, 1e-3)), seed=5)
+
+
+def test_of_the_weights_before_fine_tuning_a_share_can_be_kept(tmp_path: Path) -> None:
+    start = tmp_path / "start.weights.h5"
+    train(SOURCE, start, PLAN)
+    written = {}
+    for keep in (0.0, 0.5):
+        plan = msgspec.structs.replace(PLAN, channels=(), cycles=((2, 1e-2),), start=str(start), keep=keep)
+        train(SOURCE, tmp_path / f"{keep}.weights.h5", plan)
+        written[keep] = protocol.load(tmp_path / f"{keep}.weights.h5").get_weights()
+    before = protocol.load(start).get_weights()
+    moved = False
+    for was, now, half in zip(before, written[0.0], written[0.5], strict=True):
+        moved |= not np.allclose(was, now)
+        np.testing.assert_allclose(half, (was + now) / 2, rtol=1e-4, atol=1e-5)
+    assert moved
+
+    other = msgspec.structs.replace(plan, heads={**PLAN.heads, "side": Head(("left", "right"))})
+    with pytest.raises(ConfigError, match="no side of which to keep a share; leave --keep out"):
+        train(SOURCE, tmp_path / "other.weights.h5", other)
+
+
+@pytest.mark.parametrize("wrong", [["--keep", "0.5"], ["--start", "some.weights.h5", "--keep", "1"]], ids=" ".join)
+def test_a_share_to_keep_of_nothing_or_of_all_is_refused(capsys: pytest.CaptureFixture[str], wrong: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_main(["protocol", *wrong])
+    assert "--keep is at least 0 and below 1" in capsys.readouterr().err
+
 
 KILLED = """
 import os, signal, sys
