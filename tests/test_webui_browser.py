@@ -193,6 +193,28 @@ def test_a_verdict_that_could_not_be_sent_is_said_and_is_not_lost(chromium, site
     assert [row["action"] for row in kept(site)] == ["agree"]
 
 
+def test_a_verdict_to_which_nothing_answers_is_said_to_be_uncertain_and_keys_work_again(chromium, site, pictures):
+    site.add(1)
+    page = open_page(chromium, site, LAPTOP, "/")
+    page.clock.install()
+    page.goto(f"/series/{ROOT}.1.1/1")
+    log_in(page)
+    picture_loaded(page)
+    held = []
+    page.route("**/review", lambda route: held.append(route))
+    with page.expect_request("**/review"):
+        page.keyboard.press("a")
+    page.keyboard.press("a")  # typed ahead: means nothing once there is no answer
+    page.clock.fast_forward(20_000)
+    page.get_by_text("Perhaps not recorded: Herald gave no answer within 20 seconds.").wait_for()
+    page.screenshot(path=pictures / "read-no-answer.png")
+    page.unroute("**/review")
+    page.keyboard.press("a")
+    page.get_by_role("dialog").wait_for()
+    assert len(held) == 1
+    assert [row["action"] for row in kept(site)] == ["agree"]
+
+
 @pytest.mark.parametrize("scripts", [True, False])
 def test_who_acknowledges_a_failure_that_has_become_a_positive_is_shown_the_positive_first(
     chromium, site, pictures, scripts

@@ -6,6 +6,7 @@ const panel = () => document.getElementById("read");
 const recorded = document.getElementById("recorded");
 const button = (key) => document.querySelector(`#review [data-key=${key}], #undo [data-key=${key}]`);
 
+const ANSWER_MS = 20000;
 let sending = false;
 const typedAhead = [];
 
@@ -13,11 +14,14 @@ const typedAhead = [];
 async function send(form, submitter) {
   if (sending) return; // a second press is not a second review
   sending = true;
+  const patience = new AbortController();
+  const timer = setTimeout(() => patience.abort(), ANSWER_MS); // a server that hangs must not swallow key after key
   try {
     const answer = await fetch(form.action, {
       method: "POST",
       body: new FormData(form, submitter),
       headers: { "X-Fragment": "read" },
+      signal: patience.signal,
     });
     if (answer.status === 409) return location.replace(panel().dataset.page); // another result: the page says so
     if (!answer.ok || answer.redirected) throw new Error(`${answer.status}`);
@@ -30,9 +34,12 @@ async function send(form, submitter) {
     else document.getElementById("next").focus();
   } catch {
     typedAhead.length = 0;
-    recorded.textContent = "Not recorded: Herald gave no answer, or you are no longer logged in. Try again, or reload.";
+    recorded.textContent = patience.signal.aborted
+      ? `Perhaps not recorded: Herald gave no answer within ${ANSWER_MS / 1000} seconds. Reload to see what it has.`
+      : "Not recorded: Herald gave no answer, or you are no longer logged in. Try again, or reload.";
     recorded.className = "said problem";
   }
+  clearTimeout(timer);
   sending = false;
   while (typedAhead.length && !sending) {
     const key = new KeyboardEvent("keydown", { key: typedAhead.shift(), bubbles: true, cancelable: true });
