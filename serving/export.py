@@ -76,7 +76,7 @@ WEIGHTS = {PROTOCOL.model: protocol.WEIGHTS, HEMORRHAGE.model: hemorrhage.WEIGHT
 """The shipped weights of each model."""
 
 CALIBRATION_KEYS = ("scale", "threshold", "pooled_share", "smoothing", "mask_offset")
-BULKY = frozenset({"metrics", "runs"})
+BULKY = frozenset({"metrics", "ranges", "runs"})
 """Of hemorrhage.json, what stays out of the card, which travels with every answer."""
 
 Function = Callable[[tf.Tensor], dict[str, tf.Tensor]]
@@ -104,21 +104,22 @@ def _tempered(softmax: tf.Tensor, temperature: float) -> tf.Tensor:
     return tf.nn.softmax(tf.math.log(tf.maximum(softmax, 1e-30)) / temperature)
 
 
-def hemorrhage_function(model: keras.Model, calibration: Mapping[str, Sequence[float]]) -> Function:
+def hemorrhage_function(
+    model: keras.Model, calibration: Mapping[str, Sequence[float]], ranges: Mapping[str, float] | None = None
+) -> Function:
     """`volume` int16 (D, N, N), a whole study -> `mask` uint8, `slice_probability` and `probability`.
 
     `calibration` holds `scale` and `threshold` for each finding, the `pooled_share` of voxels in a slice's logit,
     `smoothing` of the slices, and the `mask_offset` at which voxel logits outline best. The outermost slices are
-    repeated to lend context.
+    repeated to lend context. With `ranges` of activations it is rounded to eight bits (`serving.whole_volume`).
     """
     scale, threshold = tf.constant(calibration["scale"]), tf.constant(calibration["threshold"])
     before, here, after = calibration["smoothing"]
     (mask_offset,), (pooled_share,) = calibration["mask_offset"], calibration["pooled_share"]
-    forward = whole_volume.forward(model)
+    forward = whole_volume.forward(model, whole_volume.EightBits(ranges) if ranges else None)
 
     def detect(volume: tf.Tensor) -> dict[str, tf.Tensor]:
-        x = tf.cast(volume, tf.float32)
-        raw = forward(tf.concat([x[:1], x[:1], x, x[-1:], x[-1:]], axis=0))
+        raw = forward(whole_volume.padded(tf.cast(volume, tf.float32)))
         mask = tf.cast(tf.round(tf.sigmoid(raw["mask"] - mask_offset) * 255.0), tf.uint8)  # (D, 128, 128, 4 * C)
         mask = tf.nn.depth_to_space(mask, 2)  # (D, N, N, C)
         logits = (1 - pooled_share) * raw["slice"] + pooled_share * raw["pooled"]  # (D, C)
@@ -176,9 +177,8 @@ def load_exportable(name: str, weights: Path) -> Exportable:
     content = json.loads(path.read_text(encoding="utf-8"))
     about = {key: value for key, value in content.items() if key not in {*BULKY, *calibration}}
     about["measured"] = _measured(content.get("metrics"))
-    return Exportable(
-        hemorrhage_function(hemorrhage.load(weights), calibration), HEMORRHAGE, {**about, "calibration": calibration}
-    )
+    function = hemorrhage_function(hemorrhage.load(weights), calibration, content.get("ranges"))
+    return Exportable(function, HEMORRHAGE, {**about, "calibration": calibration})
 
 
 def _measured(metrics: object) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Score patients that were kept aside, calibrate on them and measure: what `--evaluate` of the training does."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,10 @@ POOLED_SHARE = 0.75  # of the pooled voxel logits in a slice's logit; the slice 
 SMOOTHING = (0.25, 0.5, 0.25)  # over neighbouring slices, since blood rarely fills just one
 SHIPPED = "shipped"
 """Folder of what the shipped weights say of the studies that nobody learned from."""
+RANGES = "ranges.json"
+"""Beside the scores, the ranges of activations with which the weights were rounded to eight bits for them."""
+RANGED = 24
+"""Studies that were learned from, of every set, whose activations give the ranges."""
 MASK_OFFSETS = (-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0)
 """Of voxel logits, one of which fits the outlines best."""
 
@@ -37,17 +41,42 @@ def raw_scores(model: keras.Model, volume: NDArray[np.int16]) -> dict[str, NDArr
     return {name: np.asarray(value)[0] for name, value in model(padded, training=False).items()}
 
 
-def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str) -> None:
-    """Score `patients` with `weights`; one npz per patient in `out`, with Dice of `any` where a mask is known."""
+def as_served(
+    model: keras.Model, learned: Sequence[Prepared]
+) -> tuple[Callable[[NDArray[np.int16]], dict[str, NDArray[np.float32]]], dict[str, float]]:
+    """`raw_scores` of `model` in eight bits, as it is exported, and the ranges of its activations in `learned`."""
+    import tensorflow as tf  # type: ignore[import-untyped]  # which training itself does without on other backends
+
+    from serving.whole_volume import EightBits, forward, observed_ranges, padded
+
+    chosen = dict.fromkeys(np.linspace(0, len(learned) - 1, RANGED).round().astype(int).tolist())
+    ranges = observed_ranges(model, (learned[i].pixels.volume for i in chosen))
+    run = tf.function(forward(model, EightBits(ranges)), autograph=False, reduce_retracing=True)
+
+    def raw_scores_served(volume: NDArray[np.int16]) -> dict[str, NDArray[np.float32]]:
+        raw = run(padded(tf.constant(volume, tf.float32)))
+        raw["mask"] = tf.nn.depth_to_space(raw["mask"], 2)
+        return {name: value.numpy() for name, value in raw.items()}
+
+    return raw_scores_served, ranges
+
+
+def score(weights: Path, patients: Sequence[Prepared], out: Path, label: str, learned: Sequence[Prepared]) -> None:
+    """Score `patients` with `weights`, which `learned` from others, in eight bits, as they would be served.
+
+    One npz per patient in `out`, with Dice of `any` where a mask is known, and RANGES.
+    """
     model = build()
     model.load_weights(weights)
+    raw_scores_served, ranges = as_served(model, learned)
     out.mkdir(parents=True, exist_ok=True)
+    (out / RANGES).write_text(json.dumps(ranges, indent=2) + "\n", encoding="utf-8")
     for former in out.glob("*.npz"):  # of other weights, or of who was kept aside then
         former.unlink()
     with progress() as bar:
         for p in bar.track(patients, description=label):
             pixels = p.pixels
-            raw = raw_scores(model, pixels.volume)
+            raw = raw_scores_served(pixels.volume)
             voxel, truth = raw["mask"][..., 0], (pixels.positive & 1) > 0
             known = (pixels.unknown & 1) == 0
             found = np.stack([_outlined(voxel - offset) for offset in MASK_OFFSETS])
@@ -157,8 +186,10 @@ def evaluate(folder: Path) -> dict[str, object]:
     for name, group in groups.items():
         if group:
             metrics[name] = _metrics(group, offset)
+    rounded = folder / SHIPPED / RANGES
     return {
         "findings": list(FINDINGS),
+        **({"ranges": json.loads(rounded.read_text(encoding="utf-8"))} if rounded.exists() else {}),
         "scale": scales,
         "threshold": (np.array(thresholds) + shift).tolist(),
         "threshold_of_folds": thresholds,

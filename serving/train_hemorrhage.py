@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for fold, weights in of_fold.items():
         learned, aside = split(patients, fold, args.folds)
         scores = args.work / "scores" / f"fold{fold}"
-        score(weights, aside, scores, f"scoring fold {fold}")
+        score(weights, aside, scores, f"scoring fold {fold}", learned)
         run = {"fold": fold, "folds": args.folds, "learned_from": len(learned), "seed": args.seed + fold}
         (scores / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     if args.all:
@@ -276,8 +276,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = args.weights or WEIGHTS
         train(learned, weights, args.steps or STEPS, args.seed + FOLDS, "all patients", start, args.rate, shares)
     if args.all or args.score_shipped:
-        _, aside = split(patients, None, args.folds)
-        score(args.weights or WEIGHTS, aside, args.work / "scores" / SHIPPED, "scoring the weights of all patients")
+        learned, aside = split(patients, None, args.folds)
+        scores = args.work / "scores" / SHIPPED
+        score(args.weights or WEIGHTS, aside, scores, "scoring the weights of all patients", learned)
     if args.sets:
         patients = [p for source in args.sets for p in load_patients(args.data, prepared, source)]
         _, aside = split(patients, 0, args.folds)

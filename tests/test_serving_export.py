@@ -1,5 +1,6 @@
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -11,9 +12,11 @@ import tensorflow as tf
 from herald.errors import ConfigError, SignatureMismatch
 from herald.signatures import DETECTION_IN_PLANE, FINDINGS, HEMORRHAGE, PROTOCOL
 from serving import export as exporting
+from serving.crops import Pixels, Prepared
 from serving.export import export, hemorrhage_function, main, protocol_function, read_calibration, write_saved_model
 from serving.hemorrhage import Sizes, build
-from serving.score_hemorrhage import raw_scores, served, slice_logits
+from serving.score_hemorrhage import as_served, raw_scores, served, slice_logits
+from serving.whole_volume import observed_ranges
 
 SMALL = Sizes(widths=(3, 4, 6, 6, 8), blocks=(0, 1, 0, 0, 1))
 CALIBRATION = {
@@ -43,17 +46,39 @@ def saved(small: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_tensorflow(saved: Path):
-    loaded = tf.saved_model.load(str(saved))
+def rounded(small: keras.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `saved`, in eight bits."""
+    folder = tmp_path_factory.mktemp("rounded") / "hemorrhage" / "1"
+    folder.parent.mkdir()
+    write_saved_model(hemorrhage_function(small, CALIBRATION, observed_ranges(small, [head(3)])), HEMORRHAGE, folder)
+    return folder
+
+
+Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def by_tensorflow(saved: Path) -> Answer:
+    return answer_by_tensorflow(saved)
+
+
+def answer_by_tensorflow(folder: Path) -> Answer:
+    loaded = tf.saved_model.load(str(folder))
     return lambda volume: {
         name: value.numpy() for name, value in loaded.signatures["serving_default"](volume=tf.constant(volume)).items()
     }
 
 
 @pytest.fixture(scope="module")
-def by_openvino(saved: Path):
-    compiled = openvino.compile_model(openvino.convert_model(str(saved)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def by_openvino(saved: Path) -> Answer:
+    return answer_by_openvino(compiled_by_openvino(saved))
 
+
+def compiled_by_openvino(folder: Path) -> openvino.CompiledModel:
+    return openvino.compile_model(openvino.convert_model(str(folder)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def answer_by_openvino(compiled: openvino.CompiledModel) -> Answer:
     def run(volume: np.ndarray) -> dict[str, np.ndarray]:
         result = compiled({"volume": volume})
         return {port.get_any_name(): result[port] for port in compiled.outputs}
@@ -77,6 +102,32 @@ def test_tensorflow_and_openvino_give_the_same_for_any_number_of_slices(by_tenso
     for name in ("slice_probability", "probability"):
         np.testing.assert_allclose(one[name], other[name], atol=1e-4)
     assert np.abs(one["mask"].astype(int) - other["mask"].astype(int)).max() <= 1
+
+
+def test_openvino_computes_in_integers_what_is_rounded_to_eight_bits_and_answers_as_tensorflow_does(rounded):
+    compiled = compiled_by_openvino(rounded)
+    kinds = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    convolutions = [k["runtimePrecision"].astype(str) for k in kinds if k["layerType"].astype(str) == "Convolution"]
+    assert convolutions.count("f32") == 1  # the windows, before anything is rounded
+    assert {"u8", "i8"} >= set(convolutions) - {"f32"} != set()
+    one, other = answer_by_tensorflow(rounded)(head(6)), answer_by_openvino(compiled)(head(6))
+    for name in ("slice_probability", "probability"):
+        np.testing.assert_allclose(one[name], other[name], atol=0.01)  # a step of rounding is decided either way
+    assert np.abs(one["mask"].astype(int) - other["mask"].astype(int)).mean() < 1
+
+
+def test_what_is_measured_is_rounded_as_what_is_served(small, rounded):
+    volume = head(3)
+    pixels = Pixels(volume, *[np.zeros(volume.shape, np.uint8)] * 3)
+    flags = np.zeros((3, 5), np.uint8)
+    run, _ = as_served(small, [Prepared("ct-ich", "049", flags, flags[0], False, lambda: pixels)])
+    raw = run(volume)
+    assert raw["mask"].shape == (*volume.shape, len(FINDINGS))
+    logits = served(
+        slice_logits(raw["slice"], raw["pooled"]), *(np.array(CALIBRATION[k]) for k in ("scale", "threshold"))
+    )
+    said = answer_by_tensorflow(rounded)(volume)
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), said["slice_probability"], atol=1e-5)
 
 
 def test_the_outermost_slices_are_repeated_to_lend_context(small, by_tensorflow):
@@ -166,13 +217,14 @@ def test_a_model_of_a_former_contract_is_exported_again(project, monkeypatch):
 def test_the_card_is_an_output_of_the_model_and_leaves_the_bulk_of_the_calibration_out(project):
     told = {"sensitivity": [0.95, 0.9, 1.0], "patient_auc": [0.9, 0.8, 1.0]}
     calibration = {"findings": list(FINDINGS), **CALIBRATION, "obtained": "5 of 5 folds", "target_sensitivity": 0.95,
-                   "runs": [{"fold": 0}], "metrics": {"ct-ich": {"patients": 41, "any": told}, "odd": 3}}  # fmt: skip
+                   "runs": [{"fold": 0}], "ranges": observed_ranges(build(SMALL), [head(1)]),
+                   "metrics": {"ct-ich": {"patients": 41, "any": told}, "odd": 3}}  # fmt: skip
     (project / "hemorrhage.json").write_text(json.dumps(calibration))
     folder, _ = export("hemorrhage", project / "models")
     card = json.loads((folder / "assets.extra" / "model.json").read_text())
     assert card["measured"] == {"ct-ich": {"patients": 41, "sensitivity": [0.95, 0.9, 1.0]}}
     assert card["target_sensitivity"] == 0.95
-    assert not {"runs", "metrics"} & card.keys()
+    assert not {"runs", "metrics", "ranges"} & card.keys()
     compiled = openvino.compile_model(openvino.Core().read_model(str(folder)), "CPU")
     outputs = compiled({"volume": head(1)})
     assert json.loads(bytes(outputs[compiled.output("card")])) == card

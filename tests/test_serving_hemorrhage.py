@@ -35,7 +35,7 @@ from serving.readers import UNKNOWN, LabelledVolume, anywhere
 from serving.score_hemorrhage import MASK_OFFSETS, evaluate, score, served
 from serving.train_hemorrhage import loss, main, train
 from serving.unfinished import UnfinishedRun
-from serving.whole_volume import forward
+from serving.whole_volume import INPUT, TOP, EightBits, forward, observed_ranges
 
 # keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -83,6 +83,33 @@ def test_what_is_served_for_a_whole_volume_is_what_was_trained(small, volume):
     for name, value in served.items():
         np.testing.assert_allclose(value, trained[name][0], rtol=1e-4, atol=1e-4)
         assert np.ptp(value) > 1e-2
+
+
+def test_eight_bits_stay_close_to_what_was_trained(small, volume):
+    ranges = observed_ranges(small, [volume[0].astype(np.int16)])
+    assert ranges[INPUT] == TOP
+    assert {"down1", "down1_block0", "up1", "up1_refine"} <= ranges.keys()
+    exact, rounded = (forward(small, rounding)(tf.constant(volume[0])) for rounding in (None, EightBits(ranges)))
+    for name in ("mask", "slice", "pooled"):
+        off = np.abs(np.subtract(rounded[name], exact[name]))
+        assert 0 < off.max() < 0.05 * np.ptp(exact[name])
+
+
+def test_an_activation_beyond_its_range_is_cut_off_and_a_kernel_keeps_its_extremes():
+    rounding = EightBits({"down1": 10.2})
+    np.testing.assert_allclose(rounding.activation(tf.constant([0.0, 0.05, 5.0, 99.0]), "down1"), [0, 0.04, 5, 10.2],
+                               atol=1e-5)  # fmt: skip
+    kernel = np.array([[-2.0, 0.1], [0.5, -0.01], [2.0, 0.0]], np.float32).reshape(1, 3, 1, 2)
+    kept = np.asarray(rounding.kernel(kernel))
+    np.testing.assert_allclose(kept, kernel, atol=2.0 / 254 + 1e-6)
+    np.testing.assert_allclose(kept[0, [0, 2, 2], 0, [0, 0, 1]], [-2, 2, 0], atol=1e-6)  # a grid with 0 in its middle
+
+
+def test_ranges_of_another_model_are_refused_by_name(small, volume):
+    ranges = observed_ranges(small, [volume[0].astype(np.int16)])
+    del ranges["up2_refine"]
+    with pytest.raises(ConfigError, match=r"up2_refine has none; write them: .*--score-shipped --evaluate"):
+        forward(small, EightBits(ranges))(tf.constant(volume[0]))
 
 
 @pytest.mark.parametrize("output", ["mask", "slice"])
@@ -428,7 +455,7 @@ def test_a_fold_is_scored_with_weights_that_never_saw_its_patients_or_not_at_all
     shipped.mkdir(parents=True)
     monkeypatch.setattr("serving.train_hemorrhage.WEIGHTS", tmp_path / "weights" / "hemorrhage.weights.h5")
     monkeypatch.setattr("serving.train_hemorrhage.load_patients", lambda data, work, source: [])
-    monkeypatch.setattr("serving.train_hemorrhage.score", lambda weights, aside, out, label: asked.append(weights) or
+    monkeypatch.setattr("serving.train_hemorrhage.score", lambda weights, aside, out, *_: asked.append(weights) or
                         out.mkdir(parents=True, exist_ok=True))  # fmt: skip
     (shipped / "fold1.weights.h5").touch()
     main(["--score", "1", "--folds", "3", "--work", str(work)])
@@ -562,13 +589,17 @@ def test_the_threshold_is_moved_to_the_scale_of_the_shipped_weights(tmp_path):
                          dice=np.full((len(MASK_OFFSETS), 9), 0.5),
                          outlined=slice_truth[:, 0])  # fmt: skip
     (tmp_path / "fold0" / "run.json").write_text('{"folds": 3}')
+    (tmp_path / "shipped" / "ranges.json").write_text('{"windows": 6.0}')
     result = evaluate(tmp_path)
+    assert result["ranges"] == {"windows": 6.0}  # of the weights that are exported
     np.testing.assert_allclose(np.subtract(result["threshold"], result["threshold_of_folds"]), -0.7)
     assert result["metrics"]["simulated"]["patients"] == 12
     assert result["metrics"]["simulated"]["any"]["specificity"][0] == 1.0
     for file in (tmp_path / "shipped").iterdir():
         file.unlink()
-    assert evaluate(tmp_path)["threshold"] == pytest.approx(result["threshold_of_folds"])
+    without = evaluate(tmp_path)
+    assert without["threshold"] == pytest.approx(result["threshold_of_folds"])
+    assert "ranges" not in without
 
 
 def test_scores_of_other_weights_are_not_left_among_those_of_new_ones(tmp_path, monkeypatch):
@@ -576,8 +607,9 @@ def test_scores_of_other_weights_are_not_left_among_those_of_new_ones(tmp_path, 
     build(SMALL).save_weights(tmp_path / "a.weights.h5")
     (tmp_path / "fold0").mkdir()
     (tmp_path / "fold0" / "ct-ich_073.npz").touch()
-    score(tmp_path / "a.weights.h5", [], tmp_path / "fold0", "scoring")
-    assert not list((tmp_path / "fold0").iterdir())
+    monkeypatch.setattr("serving.score_hemorrhage.as_served", lambda *_: (dict, {}))
+    score(tmp_path / "a.weights.h5", [], tmp_path / "fold0", "scoring", [])
+    assert [path.name for path in (tmp_path / "fold0").iterdir()] == ["ranges.json"]
 
 
 def test_the_outlines_that_are_measured_are_the_ones_that_the_node_draws(tmp_path, monkeypatch):
@@ -590,10 +622,10 @@ def test_the_outlines_that_are_measured_are_the_ones_that_the_node_draws(tmp_pat
     pixels = Pixels(np.zeros((3, 32, 32), np.int16), truth, np.zeros_like(truth), np.zeros_like(truth))
     flags = np.zeros((3, 5), np.uint8)
     monkeypatch.setattr("serving.score_hemorrhage.build", lambda: build(SMALL))
-    monkeypatch.setattr("serving.score_hemorrhage.raw_scores", lambda *_: said)
+    monkeypatch.setattr("serving.score_hemorrhage.as_served", lambda *_: (lambda _: said, {}))
     build(SMALL).save_weights(tmp_path / "a.weights.h5")
     scored = Prepared("ct-ich", "049", flags, flags[0], False, lambda: pixels)
-    score(tmp_path / "a.weights.h5", [scored], tmp_path / "fold0", "scoring")
+    score(tmp_path / "a.weights.h5", [scored], tmp_path / "fold0", "scoring", [scored])
     with np.load(tmp_path / "fold0" / "ct-ich_049.npz") as file:
         at_half = MASK_OFFSETS.index(0.0)
         np.testing.assert_array_equal(file["dice"][at_half, [0, 2]], [1.0, 0.0])
