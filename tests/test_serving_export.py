@@ -1,5 +1,8 @@
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from serving.crops import Pixels, Prepared
 from serving.export import export, hemorrhage_function, main, protocol_function, read_calibration, write_saved_model
 from serving.hemorrhage import Sizes, build
 from serving.score_hemorrhage import as_served, raw_scores, served, slice_logits
-from serving.whole_volume import observed_ranges
+from serving.whole_volume import EightBits, observed_ranges
 
 SMALL = Sizes(widths=(3, 4, 6, 6, 8), blocks=(0, 1, 0, 0, 1))
 CALIBRATION = {
@@ -114,6 +117,37 @@ def test_openvino_computes_in_integers_what_is_rounded_to_eight_bits_and_answers
     for name in ("slice_probability", "probability"):
         np.testing.assert_allclose(one[name], other[name], atol=0.01)  # a step of rounding is decided either way
     assert np.abs(one["mask"].astype(int) - other["mask"].astype(int)).mean() < 1
+
+
+OLDER = """
+import sys
+import numpy as np, openvino
+compiled = openvino.compile_model(openvino.Core().read_model(sys.argv[1]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+print(float(compiled(np.ones((1, 8, 8, 16), np.float32))[0][0, 4, 4, 0]))
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "DEFAULT"])
+def test_products_of_eight_bits_are_not_cut_off_on_a_cpu_without_vnni(tmp_path, instructions):
+    rounding = EightBits({"here": 1.0})
+    kernel = np.ones((3, 3, 16, 16), np.float32)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 16), tf.float32, name="x")], autograph=False)
+    def highest(x):  # as high as activations and kernel can be
+        return {"y": rounding.convolve(rounding.activation(tf.nn.relu(x), "here"), kernel)}
+
+    module = tf.Module()
+    module.highest = highest
+    tf.saved_model.save(module, str(tmp_path / "1"), signatures=highest)
+    done = subprocess.run(
+        [sys.executable, "-c", OLDER, str(tmp_path / "1")],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": instructions},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) == pytest.approx(144, abs=0.1)
 
 
 def test_what_is_measured_is_rounded_as_what_is_served(small, rounded):

@@ -35,7 +35,7 @@ from serving.readers import UNKNOWN, LabelledVolume, anywhere
 from serving.score_hemorrhage import MASK_OFFSETS, evaluate, score, served
 from serving.train_hemorrhage import loss, main, train
 from serving.unfinished import UnfinishedRun
-from serving.whole_volume import INPUT, TOP, EightBits, forward, observed_ranges
+from serving.whole_volume import INPUT, STEPS, TOP, EightBits, forward, observed_ranges
 
 # keras 3.15 turns variables to arrays in a way that NumPy 2 is to drop
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -101,7 +101,10 @@ def test_an_activation_beyond_its_range_is_cut_off_and_a_kernel_keeps_its_extrem
                                atol=1e-5)  # fmt: skip
     kernel = np.array([[-2.0, 0.1], [0.5, -0.01], [2.0, 0.0]], np.float32).reshape(1, 3, 1, 2)
     kept = np.asarray(rounding.kernel(kernel))
-    np.testing.assert_allclose(kept, kernel, atol=2.0 / 254 + 1e-6)
+    np.testing.assert_allclose(kept, kernel, atol=2.0 / STEPS / 2 + 1e-6)
+    steps = kept / np.abs(kernel).max(axis=(0, 1, 2)) * STEPS
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
+    assert 255 * 2 * np.abs(steps).max() < 2**15  # two products in sixteen bits
     np.testing.assert_allclose(kept[0, [0, 2, 2], 0, [0, 0, 1]], [-2, 2, 0], atol=1e-6)  # a grid with 0 in its middle
 
 
